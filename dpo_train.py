@@ -1,0 +1,1026 @@
+"""Direct Preference Optimization (arXiv 2305.18290) of a causal language model, in one script.
+
+    python dpo_train.py --demo                                   # a small model and small data that come along
+    python dpo_train.py                                          # Qwen2.5-0.5B on COIG-P, one GPU
+    accelerate launch dpo_train.py --output_dir output/dpo       # several GPUs
+    python dpo_train.py --output_dir output/dpo --resume_from_checkpoint latest
+
+Read it from `train` on: one run from top to bottom. `dataset.py` makes the micro-batches, `loss.py` has the formulas.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # micro-batches differ in shape
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import accelerate
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, get_scheduler
+
+from dataset import (
+    Pairs,
+    PreparedData,
+    TreeCollator,
+    UserError,
+    end_of_turn_id,
+    epoch_order,
+    first_line,
+    load_rows,
+    prepare,
+    tree_mask,
+)
+from loss import dpo_loss, response_logps
+from plot_loss import plot_runs, read_run
+
+LN2 = math.log(2)
+SAMPLE = Path(__file__).resolve().parent / "docs" / "sample"
+
+
+def flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Flags:
+    """Names as in transformers' TrainingArguments and TRL's DPOConfig wherever the same thing exists there."""
+
+    model_name_or_path: str = flag("Qwen/Qwen2.5-0.5B", "the policy's start: hub name or local folder")
+    ref_model_name_or_path: str | None = flag(None, "the frozen reference (default: the policy's start)")
+    dataset_name: str = flag("m-a-p/COIG-P", "hub name, local folder (git clone), or .parquet, .json, .jsonl file")
+    dataset_split: str = flag("train", "split of a hub data set or folder")
+    output_dir: str | None = flag(
+        None, "where everything is written (default: output/dpo, or the next free output/dpo-N)"
+    )
+    beta: float = flag(0.1, "how strongly the policy is held to the reference; higher means less deviation")
+    loss_type: Literal["sigmoid"] = flag("sigmoid", "the loss; sigmoid is the DPO paper's")
+    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels, 0 to below 0.5")
+    max_length: int = flag(1024, "tokens of prompt + response; longer pairs are cut, see dataset.py")
+    max_train_samples: int | None = flag(None, "train on this many pairs at most (default: all)")
+    max_eval_samples: int = flag(512, "hold out this many pairs at most, whole prompts, and at most a tenth; 0: none")
+    train_batch_size: int = flag(64, "pairs in one optimizer step, over all processes")
+    micro_batch_tokens: int | None = flag(
+        None, "tokens in one forward pass of one process; sets the memory, never the result (default: by device)"
+    )
+    learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
+    warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
+    warmup_steps: int = flag(0, "the same in steps; goes before the ratio if above 0")
+    weight_decay: float = flag(0.0, "of AdamW")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not clipped")
+    num_train_epochs: float = flag(1.0, "passes over the pairs")
+    max_steps: int = flag(-1, "stop after this many steps; goes before the epochs if above 0")
+    mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    torch_compile: bool = flag(False, "compile the model's layers (never run on a GPU by us yet)")
+    attn_implementation: Literal["sdpa", "eager"] = flag("sdpa", "attention kernel")
+    precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
+    logging_steps: int = flag(10, "write metrics every this many steps (step 1 always)")
+    eval_steps: int = flag(500, "evaluate every this many steps, besides the start and the end; 0: only those")
+    save_steps: int = flag(1000, "write a checkpoint every this many steps; 0: none")
+    save_total_limit: int = flag(2, "checkpoints to keep")
+    resume_from_checkpoint: str | None = flag(None, "`latest` (of --output_dir) or a checkpoint's folder")
+    max_new_tokens: int = flag(128, "length of the answers shown before and after; 0: no answers")
+    seed: int = flag(42, "of the order of the pairs")
+    demo: bool = flag(False, "train the small sample model on the sample pairs: no network, two minutes on a CPU")
+
+
+DEMO = {
+    "model_name_or_path": str(SAMPLE / "model"),
+    "dataset_name": str(SAMPLE / "pairs.jsonl"),
+    "learning_rate": 2e-4,
+    "train_batch_size": 32,
+    "max_length": 256,
+    "num_train_epochs": 1.0,
+    "mixed_precision": "no",
+    "logging_steps": 1,
+    "eval_steps": 20,
+    "save_steps": 50,
+    "max_new_tokens": 64,
+}
+
+# What makes a run the run it is: a resumed run must agree in these with the one that it goes on with.
+IDENTITY = (
+    "beta", "loss_type", "label_smoothing", "train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_ratio",
+    "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "mixed_precision", "seed",
+)  # fmt: skip
+
+METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps/accuracies",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class OneLineParser(HfArgumentParser):
+    def error(self, message):  # argparse prints forty lines of usage first
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse_flags(argv: list[str] | None = None) -> Flags:
+    """Flags from the command line; `--demo` changes defaults, so that flags given beside it still hold.
+
+    Raises:
+        UserError: for values that can't be meant, before anything is loaded.
+    """
+    parser = OneLineParser(Flags, prog="dpo_train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else argv
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    (flags,) = parser.parse_dict(vars(parser.parse_args(argv)))
+    positive = ("beta", "train_batch_size", "num_train_epochs", "logging_steps", "save_total_limit")
+    not_negative = (
+        "learning_rate", "weight_decay", "max_grad_norm", "max_eval_samples", "eval_steps", "save_steps",
+        "warmup_steps", "max_new_tokens", "seed",
+    )  # fmt: skip
+    rules = [
+        *((name, getattr(flags, name) > 0, "must be above 0") for name in positive),
+        *((name, getattr(flags, name) >= 0, "must be 0 or above") for name in not_negative),
+        ("label_smoothing", 0 <= flags.label_smoothing < 0.5, "must be from 0 to below 0.5"),
+        ("warmup_ratio", 0 <= flags.warmup_ratio < 1, "must be from 0 to below 1"),
+        ("max_length", flags.max_length >= 16, "must be at least 16"),
+        ("max_train_samples", flags.max_train_samples is None or flags.max_train_samples > 0, "must be above 0"),
+        ("max_steps", flags.max_steps == -1 or flags.max_steps > 0, "must be above 0, or -1 for all"),
+        (
+            "micro_batch_tokens",
+            flags.micro_batch_tokens is None or flags.micro_batch_tokens >= 2 * flags.max_length,
+            f"must be at least {2 * flags.max_length}, twice --max_length: a pair's two responses stay together",
+        ),
+        ("warmup_steps", flags.max_steps < 0 or flags.warmup_steps < flags.max_steps, "must be below --max_steps"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"--{name} {getattr(flags, name)}: {rule}")
+    return flags
+
+
+def use_cache_if_hub_is_away(*names: str | None) -> None:
+    """If a name must come from the hub, which can't be reached, look in the cache only: at once, not after minutes."""
+    if any(name and not Path(name).expanduser().exists() for name in names):
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # of whichever HTTP library the hub's client uses
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def choose_output_dir(flags: Flags) -> Path:
+    """The folder of this run. A folder that holds another run is never written to."""
+    if flags.output_dir is not None:
+        folder = Path(flags.output_dir).expanduser()
+        if _holds_run(folder) and flags.resume_from_checkpoint is None:
+            raise UserError(
+                f"--output_dir {folder} holds another run: give another folder, or go on with "
+                "`--resume_from_checkpoint latest`"
+            )
+        return folder
+    name = "demo" if flags.demo else "dpo"
+    folders = [Path("output") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000)]
+    used = [folder for folder in folders if _holds_run(folder)]
+    if flags.resume_from_checkpoint is not None:
+        return used[-1] if used else folders[0]
+    return next(folder for folder in folders if not _holds_run(folder))
+
+
+def check_writable(folder: Path) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output_dir {folder}: {there} is no folder that can be written to")
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("metrics.jsonl", "model.safetensors")) or any(
+        folder.glob("checkpoint-*")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_tokenizer(name: str):
+    with _explained("--model_name_or_path", name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path") -> PreTrainedModel:
+    """A causal LM in float32, without dropout. As stored, in bf16, its weights would be too coarse to learn in."""
+    with _explained(flag_name, name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=flags.attn_implementation, use_safetensors=True
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+@contextlib.contextmanager
+def _explained(flag_name: str, name: str) -> Iterator[None]:
+    """Whatever goes wrong inside, in one line that says what to do."""
+    try:
+        yield
+    except Exception:  # dozens of types, from the hub, from config files, from weights
+        if Path(name).expanduser().exists():
+            remedy = "expected a model's folder with config.json, model.safetensors and the tokenizer's files"
+        else:
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                error = f"{huggingface_hub.constants.ENDPOINT} can't be reached, and it is not in the cache"
+            remedy = (
+                "set HF_ENDPOINT to a mirror of the hub, or give a local folder (git clone), or run `--demo`, which "
+                "needs no network"
+            )
+        raise UserError(f"{flag_name} {name} can't be loaded ({first_line(error)}): {remedy}") from None
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """A hash of names, shapes and values of all weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class ResponseScorer(torch.nn.Module):
+    """A causal LM that maps a micro-batch to the log-probabilities of its responses.
+
+    A module of its own, so that what accelerate puts around a model's forward (autocast, DDP) holds for all of it.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[M] summed log-probabilities in nats, float32, of a micro-batch as `TreeCollator` makes it."""
+        head = self.model.get_output_embeddings().weight  # [V, H]
+        device = head.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        hidden = self.model.base_model(
+            input_ids=batch["input_ids"],  # [R, T]
+            position_ids=batch["position_ids"],
+            attention_mask=tree_mask(batch["branch_ids"], batch["tree_ids"], dtype),  # [R, 1, T, T]
+            use_cache=False,
+        ).last_hidden_state  # [R, T, H]
+        hidden = hidden.flatten(0, 1).index_select(0, batch["predictor_index"])  # [N, H]
+        return response_logps(
+            hidden, head, batch["target_ids"], batch["response_index"], len(batch["response_lengths"]), dtype
+        )
+
+
+def check_scorer(scorer: ResponseScorer, pairs: Pairs, device: torch.device) -> None:
+    """Compare the tree of the first pair with the model's own logits for its two responses, in float32.
+
+    A model whose attention ignores the mask, or whose logits are more than hidden states times LM head, fails here.
+
+    Raises:
+        UserError: if they differ.
+    """
+    (pair,) = pairs.read([0])
+    pair = {"index": 0, **{name: np.asarray(pair[name])[-64:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}}
+    (batch,) = TreeCollator(micro_batch_tokens=256)([pair])
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        logps = scorer(to_device(batch, device))
+        for k, name in enumerate(("chosen_ids", "rejected_ids")):
+            ids = torch.from_numpy(np.concatenate([pair["prompt_ids"], pair[name]]).astype(np.int64)).to(device)[None]
+            targets = ids[:, len(pair["prompt_ids"]) :]
+            logits = scorer.model(input_ids=ids, use_cache=False).logits[:, len(pair["prompt_ids"]) - 1 : -1].float()
+            expected = logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
+            if not math.isclose(logps[k].item(), expected.item(), rel_tol=1e-3, abs_tol=1e-2):
+                raise UserError(
+                    f"{type(scorer.model).__name__} can't be trained here: log-probabilities over shared prompts "
+                    f"({logps[k].item():.3f}) differ from its own ({expected.item():.3f}); its attention or its LM "
+                    "head is of another kind"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities of pairs
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def of_pairs(logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[M] of responses to [P, 2] of pairs, chosen first."""
+    return torch.stack([logps[batch["chosen_index"]], logps[batch["rejected_index"]]], dim=1)
+
+
+def pair_metrics(policy: torch.Tensor, reference: torch.Tensor, flags: Flags) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [P], and METRICS [P, K] without gradient, from log-probabilities [P, 2] of policy and reference."""
+    losses, chosen, rejected = dpo_loss(
+        *policy.unbind(1), *reference.unbind(1), flags.beta, flags.label_smoothing, flags.loss_type
+    )
+    policy = policy.detach()
+    higher = [0.5 * (torch.sign(a - b) + 1) for a, b in ((chosen, rejected), policy.unbind(1))]  # a tie is one half
+    columns = [losses.detach(), chosen, rejected, chosen - rejected, higher[0], *policy.unbind(1), higher[1]]
+    return losses, torch.stack(columns, dim=1)
+
+
+class ReferenceLogps:
+    """The reference's log-probabilities, [n, 2] over all pairs of a set, each computed once in a run."""
+
+    def __init__(self, n_pairs: int, scorer: ResponseScorer | None, accelerator: Accelerator):
+        self.scorer, self.accelerator = scorer, accelerator
+        self.logps = torch.zeros(n_pairs, 2, device=accelerator.device)
+        self.known = np.zeros(n_pairs, dtype=bool)  # on the host: asking the GPU would stall it
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, torch.Tensor], index: np.ndarray, filler: bool = False) -> torch.Tensor:
+        """[P, 2] for a micro-batch whose pairs have these indices."""
+        if self.known[index].all():
+            return self.logps[batch["pair_index"]]
+        with self.accelerator.autocast():
+            logps = of_pairs(self.scorer(batch), batch)
+        if not filler:
+            self.logps[batch["pair_index"]] = logps
+            self.known[index] = True
+        return logps
+
+    def fill(self, pairs: Pairs, collate: TreeCollator) -> None:
+        """Compute all that isn't known yet. Done with the model then, it is let go."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        missing = np.flatnonzero(~self.known)
+        missing = missing[np.argsort(pairs.keys[missing], kind="stable")]  # a prompt's pairs together
+        chunks = range(0, len(missing), 256)
+        for start in tqdm(chunks, desc="Reference", disable=rank > 0 or not sys.stderr.isatty()):
+            for batch in collate(pairs.read(missing[start : start + 256]), world)[rank::world]:
+                index, filler = batch["pair_index"].numpy(), not batch["pair_weight"].any()
+                self(to_device(batch, self.accelerator.device), index, filler)
+        self.share()
+        self.scorer = None
+
+    def share(self) -> None:
+        """Give every process what each of them has computed."""
+        if self.accelerator.num_processes > 1:
+            known = torch.from_numpy(self.known).to(self.logps)
+            count = self.accelerator.reduce(known, "sum")
+            self.logps = self.accelerator.reduce(self.logps * known[:, None], "sum") / count.clamp(min=1)[:, None]
+            self.known = (count > 0).cpu().numpy()
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: torch.nn.Module, reference: ReferenceLogps, pairs: Pairs, collate: TreeCollator, accelerator: Accelerator,
+    flags: Flags,
+) -> np.ndarray:  # fmt: skip
+    """METRICS of each pair, [n, K] in float64: the same for any number of processes and any cut into micro-batches."""
+    policy = torch.zeros(len(pairs), 2, device=accelerator.device)
+    for start in range(0, len(pairs), 256):
+        batches = collate(pairs.read(range(start, min(start + 256, len(pairs)))), accelerator.num_processes)
+        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+            index, filler = batch["pair_index"].numpy(), not batch["pair_weight"].any()
+            batch = to_device(batch, accelerator.device)
+            reference(batch, index, filler)
+            with accelerator.autocast():
+                logps = of_pairs(scorer(batch), batch)
+            if not filler:
+                policy[batch["pair_index"]] = logps
+    reference.share()
+    policy = accelerator.reduce(policy, "sum")
+    return pair_metrics(policy.cpu().double(), reference.logps.cpu().double(), flags)[1].numpy()
+
+
+def means(table: np.ndarray, prefix: str = "") -> dict[str, float]:
+    return {prefix + name: float(value) for name, value in zip(METRICS, table.mean(0), strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers, before and after
+
+
+def pick_prompts(pairs: Pairs, n: int = 6) -> list[int]:
+    """Indices of up to n pairs with different prompts, from as many domains as there are."""
+    first = {key: i for i, key in reversed(list(enumerate(pairs.keys.tolist())))}
+    by_domain: dict[str, list[int]] = {}
+    for i in sorted(first.values()):
+        by_domain.setdefault(pairs.domains[i], []).append(i)
+    rounds = [group[k] for k in range(n) for group in by_domain.values() if k < len(group)]
+    return sorted(rounds[:n])
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, indices: list[int], end_id: int, max_new_tokens: int):
+    """What the model answers to the prompts of these pairs: greedy, one at a time.
+
+    `repetition` is the share of the answer's 4-grams of tokens that stood in it before; `stopped`, whether it ended its
+    turn by itself.
+    """
+    answers = []
+    for pair in pairs.read(indices):
+        prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=model.device)[None]
+        ids = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end_id,
+            pad_token_id=end_id,
+        )[0, prompt.shape[1] :].tolist()
+        grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        answers.append(
+            {
+                "domain": pairs.domains[pair["index"]],
+                "prompt": tokenizer.decode(prompt[0]),
+                "answer": tokenizer.decode(ids, skip_special_tokens=True),
+                "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
+                "stopped": end_id in ids,
+                "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
+            }
+        )
+    return answers
+
+
+def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int) -> list[str]:
+    """Write `report.md`, before and after side by side; returns its figures as lines for the terminal."""
+
+    def table(title: str, old: dict, new: dict) -> list[str]:
+        rows = [
+            ("loss (nats)", "loss", ".4f"),
+            ("accuracy by reward", "rewards/accuracies", ".3f"),
+            ("accuracy by log-probability", "logps/accuracies", ".3f"),
+            ("margin (nats, beta included)", "rewards/margins", ".3f"),
+            ("log-probability of chosen (nats)", "logps/chosen", ".2f"),
+            ("log-probability of rejected (nats)", "logps/rejected", ".2f"),
+        ]
+        lines = [f"| {title} | before | after |", "|---|---:|---:|"]
+        return lines + [f"| {name} | {old[key]:{form}} | {new[key]:{form}} |" for name, key, form in rows]
+
+    held_out = table(f"held out, {before['n_pairs']} pairs", before["metrics"], after["metrics"]) if before else []
+    lines = ["# Before and after", "", f"{flags.model_name_or_path} on {flags.dataset_name}, {steps} steps.", ""]
+    lines += held_out or ["No pairs were held out (`--max_eval_samples 0`): nothing to compare."]
+    for domain in before.get("domains", {}):
+        lines += ["", *table(domain or "(no domain)", before["domains"][domain], after["domains"][domain])]
+    if before.get("answers"):
+        lines += ["", f"## Answers to held-out prompts (greedy, at most {flags.max_new_tokens} tokens)", ""]
+        lines += ["| | before | after |", "|---|---:|---:|"]
+        for name, key in (("ended its turn", "stopped"), ("repeated 4-grams", "repetition")):
+            shares = (np.mean([float(one[key]) for one in side["answers"]]) for side in (before, after))
+            lines.append(f"| {name} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+        for old, new in zip(before["answers"], after["answers"], strict=True):
+            for name, text in (
+                (f"Prompt ({old['domain']})" if old["domain"] else "Prompt", old["prompt"]),
+                ("Before", old["answer"]),
+                ("After", new["answer"]),
+                ("Preferred in the data", old["chosen"]),
+            ):
+                fence = "`" * max(
+                    3, 1 + max(map(len, "".join(c if c == "`" else " " for c in text).split()), default=0)
+                )
+                lines += ["", f"**{name}**", "", fence + "text", text, fence]
+    _write_whole(path, "\n".join(lines) + "\n")
+    return held_out
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file holds all of the text or what it held before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_model(model: PreTrainedModel, tokenizer, folder: Path, end_id: int) -> None:
+    """What `from_pretrained` needs. The generation config names the end-of-turn token: that is where to stop."""
+    eos = [end_id, tokenizer.eos_token_id] if tokenizer.eos_token_id not in (None, end_id) else [end_id]
+    model.generation_config.eos_token_id = eos
+    model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[-1]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(folder: Path, limit: int, write, state: dict[str, Any]) -> None:
+    """A checkpoint is complete or absent: written aside by `write(folder)`, synced, then renamed."""
+    final = folder / f"checkpoint-{state['step']}"
+    aside = folder / f".{final.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    state["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+    (aside / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+    for path in [*aside.iterdir(), aside]:
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync(folder)
+    for old in find_checkpoints(folder)[limit:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state of a checkpoint.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        for name, size in state["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                raise ValueError(f"{name} has another size than it was written with")
+        return state
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint} is no whole checkpoint ({error})") from None
+
+
+def choose_checkpoint(flags: Flags, output_dir: Path, say) -> Path | None:
+    """The checkpoint to go on from. `latest` passes over damaged ones, and says so."""
+    if flags.resume_from_checkpoint is None:
+        return None
+    if flags.resume_from_checkpoint != "latest":
+        read_state(Path(flags.resume_from_checkpoint))
+        return Path(flags.resume_from_checkpoint)
+    for checkpoint in find_checkpoints(output_dir):
+        try:
+            read_state(checkpoint)
+            return checkpoint
+        except UserError as error:
+            say(f"passed over: {error}")
+    raise UserError(f"--resume_from_checkpoint latest: there is no whole checkpoint in {output_dir}")
+
+
+def check_identity(old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> None:
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise UserError(
+                f"{checkpoint} belongs to another run: {name} was {old.get(name)} and is {value} now; resume with what "
+                "it was, or start anew in another --output_dir"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class StepBatches(torch.utils.data.Dataset):
+    """Item s: this process's micro-batches of optimizer step s. A function of (seed, s): resuming is starting at s."""
+
+    def __init__(self, pairs: Pairs, collate: TreeCollator, flags: Flags, accelerator: Accelerator):
+        self.pairs, self.collate, self.seed, self.batch_size = pairs, collate, flags.seed, flags.train_batch_size
+        self.process, self.n_processes = accelerator.process_index, accelerator.num_processes
+        self.steps_per_epoch = math.ceil(len(pairs) / flags.train_batch_size)
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> np.ndarray:
+        """The pairs of a step; the last step of an epoch has what is left."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, epoch_order(self.pairs.keys, self.seed, epoch)
+        return self.order[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        return self.collate(self.pairs.read(self.indices(step)), self.n_processes)[self.process :: self.n_processes]
+
+
+def train(flags: Flags) -> Path:
+    """One run, from flags to files; returns the output folder."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision=flags.mixed_precision,
+            # Without this, accelerate lets several processes on CPUs run side by side and know nothing of each other.
+            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available(),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {flags.mixed_precision}: {error}") from None
+    device, main = accelerator.device, accelerator.is_main_process
+    say = accelerator.print
+    set_seed(flags.seed)
+    (output_dir,) = accelerate.utils.broadcast_object_list([choose_output_dir(flags) if main else None])
+    micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192)
+    check_writable(output_dir)
+    metrics_file = output_dir / "metrics.jsonl"
+
+    # Data: rows to token ids, split by prompt.
+    use_cache_if_hub_is_away(flags.model_name_or_path, flags.ref_model_name_or_path, flags.dataset_name)
+    tokenizer = load_tokenizer(flags.model_name_or_path)
+    end_id = end_of_turn_id(tokenizer)
+    with accelerator.main_process_first():
+        data = prepare(
+            load_rows(flags.dataset_name, flags.dataset_split),
+            tokenizer,
+            flags.max_length,
+            flags.max_train_samples,
+            flags.max_eval_samples,
+        )
+    collate = TreeCollator(micro_batch_tokens)
+    steps = StepBatches(data.train, collate, flags, accelerator)
+    total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
+    warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
+    if warmup_steps >= total_steps and flags.warmup_steps:
+        raise UserError(f"--warmup_steps {warmup_steps}: the run has only {total_steps} steps")
+
+    # Models: the policy, and the reference as it is before the first step.
+    policy = load_model(flags.model_name_or_path, flags)
+    policy.config.use_cache = False
+    start_hash = reference_hash = weights_hash(policy)
+    if flags.ref_model_name_or_path not in (None, flags.model_name_or_path):
+        reference = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path")
+        reference_hash = weights_hash(reference)
+        if reference.get_output_embeddings().weight.shape[0] < len(tokenizer):
+            raise UserError(f"--ref_model_name_or_path {flags.ref_model_name_or_path}: its vocabulary is another one")
+    else:
+        reference = copy.deepcopy(policy)
+    reference_scorer = ResponseScorer(reference.requires_grad_(False).eval().to(device))
+    if flags.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if flags.torch_compile:
+        for model in (policy, reference):
+            for layer in model.base_model.layers:
+                layer.compile(dynamic=True)
+    check_scorer(reference_scorer, data.train, device)
+    scorer = ResponseScorer(policy.train())
+    scorer, optimizer = accelerator.prepare(
+        scorer,
+        torch.optim.AdamW(
+            scorer.parameters(), lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=flags.weight_decay, fused=True,
+        ),
+    )  # fmt: skip
+    # Not prepared: a prepared scheduler steps once per process, and the learning rate would fall N times too fast.
+    scheduler = get_scheduler(flags.lr_scheduler_type, optimizer.optimizer, warmup_steps, total_steps)
+    train_reference = ReferenceLogps(len(data.train), reference_scorer, accelerator)
+    eval_reference = ReferenceLogps(len(data.held_out), reference_scorer, accelerator)
+
+    # Where the run stands: everything that changes from step to step is here, in the weights or in the optimizer.
+    identity = {"policy's start (hash)": start_hash, "reference (hash)": reference_hash, "data": data.fingerprint}
+    identity |= {f"--{name}": getattr(flags, name) for name in IDENTITY}
+    step, before = 0, {}
+    window = torch.zeros(
+        len(METRICS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+    )
+    checkpoint = choose_checkpoint(flags, output_dir, say)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        check_identity(state["identity"], identity, checkpoint)
+        step, before = state["step"], state["before"]
+        load_checkpoint(checkpoint, accelerator, scorer, optimizer, scheduler, window, train_reference)
+        if main:
+            cut_metrics(metrics_file, step)
+            append(metrics_file, {"step": step, "event": "resumed", "checkpoint": checkpoint.name})
+
+    def write_checkpoint() -> None:
+        train_reference.share()
+        if main:
+            tensors = {
+                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "window": window,
+                "reference": {"logps": train_reference.logps.cpu(), "known": torch.from_numpy(train_reference.known)},
+                "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all(),
+            }  # fmt: skip
+
+            def write(folder: Path) -> None:
+                save_model(accelerator.unwrap_model(scorer).model, tokenizer, folder, end_id)
+                torch.save(tensors, folder / "optimizer.pt")
+
+            state = {"step": step, "identity": identity, "before": before, "flags": asdict(flags)}
+            save_checkpoint(output_dir, flags.save_total_limit, write, state)
+        accelerator.wait_for_everyone()
+
+    def look() -> dict:
+        """Held-out figures, and answers, of the policy as it is now."""
+        if not len(data.held_out):
+            return {}
+        scorer.eval()
+        table = evaluate(scorer, eval_reference, data.held_out, collate, accelerator, flags)
+        names = np.array(data.held_out.domains)
+        found = {"n_pairs": len(table), "metrics": means(table)}
+        found["domains"] = {name: means(table[names == name]) for name in sorted(set(data.held_out.domains))}
+        scorer.train()
+        return found
+
+    def look_at_answers() -> list[dict]:
+        if not main or not flags.max_new_tokens or not len(data.held_out):
+            return []
+        with accelerator.autocast():
+            model, indices = accelerator.unwrap_model(scorer).model.eval(), pick_prompts(data.held_out)
+            answers = answer(model, tokenizer, data.held_out, indices, end_id, flags.max_new_tokens)
+        model.train()
+        return answers
+
+    def log(line: dict, prefix: str = "") -> None:
+        if main:
+            append(metrics_file, line)
+
+    if main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        print("\n".join(header(flags, accelerator, policy, data, tokenizer, steps, total_steps, output_dir)))
+    if step == 0:
+        before = look()
+        if before:
+            log({"step": 0, "epoch": 0.0, **{f"eval_{name}": value for name, value in before["metrics"].items()}})
+            before["answers"] = look_at_answers()
+            say(describe_eval(0, before["metrics"]))
+
+    if flags.precompute_ref_log_probs and not train_reference.known.all():
+        train_reference.fill(data.train, collate)
+        del reference, reference_scorer  # no second model in memory
+
+    # The loop.
+    interrupted = catch_signals()
+    loader = torch.utils.data.DataLoader(
+        steps, sampler=range(step, total_steps), batch_size=None,
+        num_workers=1 if device.type == "cuda" else 0, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()))
+    clock, n_tokens, n_pairs_timed = time.perf_counter(), 0, 0
+    for batches in loader:
+        n_pairs = len(steps.indices(step))  # over all processes
+        with accelerator.autocast():  # around all micro-batches: weights are cast to bf16 once a step
+            for i, batch in enumerate(batches):
+                index, filler = batch["pair_index"].numpy(), not batch["pair_weight"].any()
+                n_tokens += int((batch["branch_ids"] >= 0).sum()) * (not filler)
+                batch = to_device(batch, device)
+                last = i == len(batches) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
+                    policy_logps = of_pairs(scorer(batch), batch)  # [P, 2]
+                    losses, metrics = pair_metrics(policy_logps, train_reference(batch, index, filler), flags)
+                    # The mean over exactly this step's pairs, however they are cut; DDP will average over processes.
+                    loss = (losses * batch["pair_weight"]).sum() * accelerator.num_processes / n_pairs
+                    accelerator.backward(loss)
+                window[:-1] += (metrics * batch["pair_weight"][:, None]).sum(0)
+                window[-1] += batch["pair_weight"].sum()
+        grad_norm = accelerator.clip_grad_norm_(scorer.parameters(), flags.max_grad_norm or math.inf)
+        if step == 0:
+            check_first_step(accelerator.reduce(window, "sum"), start_hash == reference_hash, flags)
+        optimizer.step()
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        n_pairs_timed += n_pairs
+        if step % steps.steps_per_epoch == 0:
+            train_reference.share()
+
+        if step == 1 or step % flags.logging_steps == 0 or step == total_steps:
+            totals = accelerator.reduce(window, "sum")
+            seconds = time.perf_counter() - clock
+            values = (totals[:-1] / totals[-1]).tolist()
+            line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
+            line |= dict(zip(METRICS, values, strict=True))
+            line |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            all_tokens = int(accelerator.reduce(torch.tensor(n_tokens, device=device), "sum"))
+            line |= {"pairs_per_second": n_pairs_timed / seconds, "tokens_per_second": all_tokens / seconds}
+            if device.type == "cuda":
+                line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            log(line)
+            bar.set_postfix_str(
+                f"loss {line['loss']:.4f}, margin {line['rewards/margins']:.3f}, "
+                f"acc {line['rewards/accuracies']:.2f}, {line['pairs_per_second']:.1f} pairs/s"
+            )
+            if bar.disable:
+                say(describe_step(line, total_steps))
+            window.zero_()
+            clock, n_tokens, n_pairs_timed = time.perf_counter(), 0, 0
+        bar.update()
+
+        if flags.eval_steps and step % flags.eval_steps == 0 and step < total_steps and len(data.held_out):
+            paused = time.perf_counter()
+            found = look()
+            log({"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
+                | {f"eval_{name}": value for name, value in found["metrics"].items()})  # fmt: skip
+            bar.clear()
+            say(describe_eval(step, found["metrics"]))
+            clock += time.perf_counter() - paused
+        stop = interrupted(accelerator)
+        if stop or flags.save_steps and (step % flags.save_steps == 0 or step == total_steps):
+            paused = time.perf_counter()
+            write_checkpoint()
+            clock += time.perf_counter() - paused
+        if stop and step < total_steps:
+            bar.close()
+            raise UserError(f"stopped after step {step}; go on with: {resume_command(output_dir)}")
+    bar.close()
+
+    # The end: figures, the model, the report, the picture.
+    after = look()
+    if after:
+        log({"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
+            | {f"eval_{name}": value for name, value in after["metrics"].items()})  # fmt: skip
+        after["answers"] = look_at_answers()
+    if main:
+        save_model(accelerator.unwrap_model(scorer).model, tokenizer, output_dir, end_id)
+        table = write_report(output_dir / "report.md", before, after, flags, step)
+        plot_runs([read_run(output_dir)], output_dir / "loss.png")
+        print("\n".join(["", *table, *describe_answers(before, after)]))
+        print(f"\nmodel {output_dir}\nreport {output_dir / 'report.md'}\npicture {output_dir / 'loss.png'}")
+    accelerator.end_training()
+    return output_dir
+
+
+def load_checkpoint(checkpoint, accelerator, scorer, optimizer, scheduler, window, train_reference) -> None:
+    from safetensors.torch import load_model as load_safetensors
+
+    try:
+        model = accelerator.unwrap_model(scorer).model
+        load_safetensors(model, checkpoint / "model.safetensors", strict=False, device=str(accelerator.device))
+        tensors = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{checkpoint} can't be read ({type(error).__name__}: {error})") from None
+    optimizer.load_state_dict(tensors["optimizer"])
+    scheduler.load_state_dict(tensors["scheduler"])
+    window.copy_(tensors["window"])
+    train_reference.logps.copy_(tensors["reference"]["logps"])
+    train_reference.known[:] = tensors["reference"]["known"].numpy()
+    torch.set_rng_state(tensors["rng"])
+
+
+def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> None:
+    """At step 0 policy and reference are the same model, so each reward is 0 and the loss ln 2.
+
+    Raises:
+        UserError: if it isn't so, or if the loss is not a number.
+    """
+    values = dict(zip(METRICS, (window[:-1] / window[-1]).tolist(), strict=True))
+    if not math.isfinite(values["loss"]):
+        raise UserError(f"the loss at the first step is {values['loss']}: the model's log-probabilities are not finite")
+    tolerance = 1e-3 if flags.mixed_precision == "no" else 0.05
+    if same_start and max(abs(values["rewards/chosen"]), abs(values["rewards/rejected"])) > tolerance * flags.beta * 10:
+        raise UserError(
+            f"the loss at the first step is {values['loss']:.4f} and not ln 2 = {LN2:.4f}, though policy and reference "
+            f"have the same weights (rewards {values['rewards/chosen']:.4f}, {values['rewards/rejected']:.4f}): they "
+            "must compute in the same precision and without dropout"
+        )
+
+
+def catch_signals():
+    """A function that says True after SIGTERM or Ctrl-C, in all processes alike. A second Ctrl-C exits at once."""
+    caught: list[int] = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nfinishing this step, then writing a checkpoint (again: exit at once)", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # only the main thread may
+            signal.signal(number, note)
+
+    def interrupted(accelerator: Accelerator) -> bool:
+        if accelerator.num_processes == 1:
+            return bool(caught)
+        return bool(accelerator.reduce(torch.tensor(float(len(caught)), device=accelerator.device), "sum") > 0)
+
+    return interrupted
+
+
+def resume_command(output_dir: Path) -> str:
+    words = [word for word in sys.argv[1:]]
+    for name in ("--output_dir", "--resume_from_checkpoint"):
+        while name in words:
+            del words[words.index(name) : words.index(name) + 2]
+    launcher = "accelerate launch" if "WORLD_SIZE" in os.environ else "python"
+    return " ".join([launcher, "dpo_train.py", *words, f"--output_dir {output_dir} --resume_from_checkpoint latest"])
+
+
+def append(path: Path, line: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines behind a step: the resumed run will write them again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    _write_whole(path, "".join(line + "\n" for line in kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the terminal shows
+
+
+def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, total_steps, output_dir) -> list[str]:
+    """What will be trained, on what, how: the lines before the first step."""
+    n = sum(p.numel() for p in policy.parameters())
+    place = (
+        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    versions = ", ".join(
+        f"{module.__name__} {module.__version__}" for module in (torch, transformers, accelerate, datasets)
+    )
+    shared = unshared = 0
+    for step in range(min(20, total_steps)):
+        pairs = data.train.read(steps.indices(step))
+        unshared += sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
+        shared += sum(int((batch["branch_ids"] >= 0).sum()) for batch in steps.collate(pairs))
+    (pair,) = data.train.read([int(steps.indices(0)[0])])
+
+    def marked(ids) -> str:
+        words = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
+        if len(words) > 16:
+            words = [*words[:8], f"... {len(words) - 12} more ...", *words[-4:]]
+        return "|".join(words)
+
+    changed = {
+        name: value for name, value in asdict(flags).items() if value != Flags.__dataclass_fields__[name].default
+    }
+    prompt_text = repr(tokenizer.decode(pair["prompt_ids"]))[1:-1]
+    return [
+        f"model     {flags.model_name_or_path}, {n:,} parameters, float32 weights, {flags.mixed_precision} autocast",
+        f"reference {flags.ref_model_name_or_path or 'the same'}, frozen",
+        f"data      {flags.dataset_name}",
+        *(f"          {line}" for line in data.summary()),
+        f"sharing   {shared / unshared:.0%} of the tokens that separate rows would need",
+        f"steps     {total_steps:,} of {flags.train_batch_size} pairs, micro-batches of up to "
+        f"{steps.collate.micro_batch_tokens:,} tokens, {accelerator.num_processes} process(es)",
+        f"device    {place}; {versions}",
+        f"flags     {changed or 'all defaults'}",
+        f"output    {output_dir}",
+        "first pair (targets between |):",
+        f"  prompt   {'...' if len(prompt_text) > 160 else ''}{prompt_text[-160:]}",
+        f"  chosen   |{marked(pair['chosen_ids'])}|",
+        f"  rejected |{marked(pair['rejected_ids'])}|",
+    ]
+
+
+def describe_step(line: dict, total_steps: int) -> str:
+    return (
+        f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  margin {line['rewards/margins']:.3f}  "
+        f"acc {line['rewards/accuracies']:.2f}  lr {line['learning_rate']:.2e}  "
+        f"{line['pairs_per_second']:.2f} pairs/s  {line['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def describe_eval(step: int, metrics: dict[str, float]) -> str:
+    return (
+        f"held out at step {step}: loss {metrics['loss']:.4f}, accuracy by reward {metrics['rewards/accuracies']:.3f}, "
+        f"by log-probability {metrics['logps/accuracies']:.3f}, margin {metrics['rewards/margins']:.3f}"
+    )
+
+
+def describe_answers(before: dict, after: dict, n: int = 3) -> list[str]:
+    lines = []
+    for old, new in list(zip(before.get("answers", []), after.get("answers", []), strict=False))[:n]:
+        question = repr(old["prompt"])[1:-1]
+        lines += [
+            "",
+            f"...{question[-100:]}",
+            f"  before: {old['answer'][:160]!r}",
+            f"  after:  {new['answer'][:160]!r}",
+        ]
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+    try:
+        train(parse_flags(argv))
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"dpo_train.py: {error}" if rank == "0" else f"dpo_train.py (process {rank}): {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "天地人你我他山水火木金土大小多少高低远近红绿白好坏快慢来去上下左右中外东西南北春夏秋冬风花雪月"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """ChatML over byte-level BPE; as in Qwen2.5, "!" has id 0 and the eos is not the template's end-of-turn."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(r"\s*[\r\n]+|\s+(?!\S)|\s+|[^\s]+", "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = ["!", *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"!"})]
+    text = ["\n\n".join(random.Random(i).choices(WORDS, k=30)) for i in range(50)] + ["user assistant system helpful"]
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer) -> Path:
+    """A model's folder, weights stored in bf16 as Qwen2.5's are."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_qwen2(len(tokenizer)).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(n_prompts: int = 24, seed: int = 0) -> list[dict]:
+    """COIG-P's columns and shape: 4 responses to a prompt, each in several pairs."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return "".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    rows = []
+    for i in range(n_prompts):
+        prompt, good, bad = text(3, 12), [text(2, 15) + "!" for _ in range(2)], [text(2, 15) for _ in range(2)]
+        for chosen, rejected in [(g, b) for g in good for b in bad][: rng.randint(1, 4)]:
+            rows.append(
+                {
+                    "conversations": [{"from": "human", "value": prompt}],
+                    "chosen": {"from": "gpt", "value": chosen},
+                    "rejected": {"from": "gpt", "value": rejected},
+                    "domain": ("chat", "math")[i % 2],
+                }
+            )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows())
