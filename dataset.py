@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,8 +166,8 @@ def read_triple(row: Any) -> Triple:
     elif isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
         chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
         if row.get("prompt") is None:  # TRL standard, implicit prompt: what both begin with
-            prompt = os.path.commonprefix([chosen, rejected])
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            common = _n_common(chosen, rejected)
+            prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
         elif isinstance(row["prompt"], str):  # TRL standard
             prompt = _text(row["prompt"], "prompt")
         else:
@@ -174,7 +175,7 @@ def read_triple(row: Any) -> Triple:
         return _checked(Triple(prompt, chosen, rejected, domain))
     else:
         chosen, rejected = _messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected")
-        common = len(os.path.commonprefix([chosen, rejected]))
+        common = _n_common(chosen, rejected)
         if common or row.get("prompt") is None:  # TRL conversational, implicit prompt
             prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
         elif isinstance(row["prompt"], str):
@@ -189,6 +190,10 @@ def read_triple(row: Any) -> Triple:
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             raise Unusable("response: not one assistant turn")
     return _checked(Triple(prompt, chosen[0]["content"], rejected[0]["content"], domain))
+
+
+def _n_common(a: Sequence, b: Sequence) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _checked(triple: Triple) -> Triple:
@@ -490,6 +495,8 @@ def prepare(
     while n_held_out and boundary < len(good) and keys[good[boundary]] == keys[good[boundary - 1]]:
         boundary += 1  # the last held-out prompt's other pairs can't be trained on; they are left out
     n_train = len(good) - boundary if max_train_samples is None else min(max_train_samples, len(good) - boundary)
+    if not n_train:
+        raise _no_row_left(causes.values())
     selected = np.concatenate([good[:n_held_out], good[boundary : boundary + n_train]])
 
     tokens = cached_map(
@@ -517,8 +524,7 @@ def prepare(
 
     train, held_out = subset(kept[kept >= n_held_out]), subset(kept[kept < n_held_out])
     if not len(train):
-        why = "; ".join(f"{count} x {cause}" for cause, (count, _) in dropped.items()) or "the set is empty"
-        raise UserError(f"no row is left to train on: {why}")
+        raise _no_row_left(causes.values())
     assert not np.intersect1d(train.keys, held_out.keys).size, "a prompt is on both sides of the split"
     fingerprint = _digest((tokens._fingerprint, len(train), len(held_out)))
     return PreparedData(train, held_out, len(rows), dropped, int(sum(tokens["truncated"])), fingerprint)
@@ -526,6 +532,11 @@ def prepare(
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def _no_row_left(causes: Iterable[str]) -> UserError:
+    why = "; ".join(f"{count} x {cause}" for cause, count in Counter(causes).most_common())
+    return UserError(f"no row is left to train on: {why or 'the set is empty'}")
 
 
 def _columns(rows: Dataset) -> set[str]:

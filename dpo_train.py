@@ -135,6 +135,9 @@ METRICS = (
 
 
 class OneLineParser(HfArgumentParser):
+    def add_argument(self, *names, **kwargs):  # without the second spelling, --train-batch-size
+        return super().add_argument(names[0], **kwargs)
+
     def error(self, message):  # argparse prints forty lines of usage first
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -304,13 +307,14 @@ def check_scorer(scorer: ResponseScorer, pairs: Pairs, device: torch.device) -> 
     pair = {"index": 0, **{name: np.asarray(pair[name])[-64:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}}
     (batch,) = TreeCollator(micro_batch_tokens=256)([pair])
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        logps = scorer(to_device(batch, device))
+        batch = to_device(batch, device)
+        logps = of_pairs(scorer(batch), batch)[0]
         for k, name in enumerate(("chosen_ids", "rejected_ids")):
             ids = torch.from_numpy(np.concatenate([pair["prompt_ids"], pair[name]]).astype(np.int64)).to(device)[None]
             targets = ids[:, len(pair["prompt_ids"]) :]
             logits = scorer.model(input_ids=ids, use_cache=False).logits[:, len(pair["prompt_ids"]) - 1 : -1].float()
             expected = logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
-            if not math.isclose(logps[k].item(), expected.item(), rel_tol=1e-3, abs_tol=1e-2):
+            if not math.isclose(logps[k].item(), expected.item(), rel_tol=2e-5, abs_tol=1e-2):
                 raise UserError(
                     f"{type(scorer.model).__name__} can't be trained here: log-probabilities over shared prompts "
                     f"({logps[k].item():.3f}) differ from its own ({expected.item():.3f}); its attention or its LM "

@@ -1,19 +1,15 @@
 """A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
 
 import json
-import os
 import random
-import sys
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+torch.set_num_threads(1)  # the fastest for models of this size, and the same on every machine
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -28,7 +24,10 @@ def tokenizer():
     """ChatML over byte-level BPE; as in Qwen2.5, "!" has id 0 and the eos is not the template's end-of-turn."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(r"\s*[\r\n]+|\s+(?!\S)|\s+|[^\s]+", "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.Split(r"\s*[\r\n]+|\s+(?!\S)|\s+|[^\s]+", "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = ["!", *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"!"})]
@@ -81,7 +80,7 @@ def make_rows(n_prompts: int = 24, seed: int = 0) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

@@ -198,8 +198,10 @@ def test_png_has_its_size_and_curves_in_every_panel(tmp_path, capsys):
 
 
 def test_several_runs_in_an_svg(tmp_path, capsys):
-    folders = [write_run(tmp_path / name / "out", dpo_lines(slope=slope, resumed=resumed))
-               for name, slope, resumed in (("beta_$1$", 0.001, 60), ("_beta02", 0.002, None), ("b&<3>", 0.0025, None))]
+    folders = [
+        write_run(tmp_path / name / "out", dpo_lines(slope=slope, resumed=resumed))
+        for name, slope, resumed in (("beta_$1$", 0.001, 60), ("_beta02", 0.002, None), ("b&<3>", 0.0025, None))
+    ]
     picture = tmp_path / "compare.SVG"
     assert plot_loss.main([*map(str, folders), "--output", str(picture)]) == 0
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,0 +1,359 @@
+"""dpo_train.py: whole runs of a tiny model, in this process or as a user would type them."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_rows, tiny_qwen2, write_jsonl
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, get_scheduler
+
+import dpo_train
+from dataset import Encoder, epoch_order, load_rows, prepare, read_triple
+from loss import dpo_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "train_batch_size": 8, "learning_rate": 2e-3, "max_length": 128, "mixed_precision": "no", "logging_steps": 1,
+    "max_eval_samples": 8, "max_new_tokens": 0, "num_train_epochs": 2, "eval_steps": 0, "save_steps": 0,
+}  # fmt: skip
+
+
+def arguments(model_dir, data_file, output_dir, **changes):
+    settings = (
+        {"model_name_or_path": model_dir, "dataset_name": data_file, "output_dir": output_dir} | SETTINGS | changes
+    )
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def run(model_dir, data_file, output_dir, **changes):
+    """One run in this process; its metrics, a dict for each line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    dpo_train.train(dpo_train.parse_flags(arguments(model_dir, data_file, output_dir, **changes)))
+    return read_metrics(output_dir)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(metrics):
+    return [line["loss"] for line in metrics if "loss" in line]
+
+
+def type_command(*words, cwd=ROOT, env=None, timeout=170):
+    """Run a command as a user would, in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(words, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, model_dir, data_file):
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return folder, run(model_dir, data_file, folder)
+
+
+def test_a_run_starts_at_ln_2_and_learns(plain_run):
+    _, metrics = plain_run
+    first, last = losses(metrics)[0], losses(metrics)[-1]
+    assert first == pytest.approx(math.log(2), abs=1e-6) and last < 0.5
+    assert metrics[0]["eval_loss"] == pytest.approx(math.log(2)) and metrics[0]["eval_rewards/accuracies"] == 0.5
+    assert [line["step"] for line in metrics if "loss" in line] == list(range(1, len(losses(metrics)) + 1))
+    assert metrics[-1]["eval_loss"] != metrics[0]["eval_loss"]
+
+
+def test_the_trained_model_loads_and_knows_where_to_stop(plain_run, model_dir, tokenizer):
+    folder, _ = plain_run
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert loaded.chat_template == tokenizer.chat_template
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [end, tokenizer.eos_token_id]
+    start = load_file(model_dir / "model.safetensors")
+    assert any(
+        not torch.equal(weight, start[name].float()) for name, weight in load_file(folder / "model.safetensors").items()
+    )
+    for name in ("report.md", "loss.png"):
+        assert (folder / name).stat().st_size > 0
+
+
+def naive_losses(model_dir, data_file, seed=42, **changes):
+    """The same run written the plain way: a row for each response, full logits, no sharing, no cutting, no accelerate."""
+    settings = SETTINGS | changes
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = [json.loads(line) for line in Path(data_file).read_text().splitlines()]
+    data = prepare(load_rows(str(data_file)), tokenizer, settings["max_length"], None, settings["max_eval_samples"])
+    pairs = Encoder(tokenizer, settings["max_length"]).encode([read_triple(rows[i]) for i in data.train.rows])
+    policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    reference = copy.deepcopy(policy)
+    per_epoch = math.ceil(len(pairs) / settings["train_batch_size"])
+    n_steps = per_epoch * settings["num_train_epochs"]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, math.ceil(0.1 * n_steps), n_steps)
+
+    def logp(model, pair, side):
+        ids = torch.tensor([pair["prompt_ids"] + pair[side]])
+        n = len(pair["prompt_ids"])
+        return model(input_ids=ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None]).sum()
+
+    out = []
+    for step in range(n_steps):
+        epoch, k = divmod(step, per_epoch)
+        order = epoch_order(data.train.keys, seed, epoch)[k * settings["train_batch_size"] :][
+            : settings["train_batch_size"]
+        ]
+        scores = torch.stack([logp(m, pairs[i], side) for i in order for m in (policy, reference)
+                              for side in ("chosen_ids", "rejected_ids")]).view(-1, 4)  # fmt: skip
+        loss = dpo_loss(*scores[:, :2].unbind(1), *scores[:, 2:].detach().unbind(1))[0].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        out.append(loss.item())
+    return out
+
+
+def test_the_run_equals_a_naive_loop(plain_run, model_dir, data_file):
+    expected = naive_losses(model_dir, data_file)
+    assert losses(plain_run[1]) == pytest.approx(expected, abs=2e-4)
+    assert len(expected) == 14 and min(expected) < 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_tokens": 256},
+        {"gradient_checkpointing": True},
+        {"attn_implementation": "eager"},
+        {"precompute_ref_log_probs": True},
+        {"torch_compile": True, "max_steps": 2, "lr_scheduler_type": "constant"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_one_trajectory_for_every_way_of_computing_it(plain_run, model_dir, data_file, tmp_path, changes):
+    expected = losses(plain_run[1])
+    if "max_steps" in changes:
+        same = {name: value for name, value in changes.items() if name != "torch_compile"}
+        expected = losses(run(model_dir, data_file, tmp_path / "plain", **same))
+    assert losses(run(model_dir, data_file, tmp_path / "run", **changes)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_trajectory_without_sharing(plain_run, model_dir, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo_train, "TreeCollator", lambda *args, **kwargs: UNSHARED(*args, share=False, **kwargs))
+    assert losses(run(model_dir, data_file, tmp_path / "run")) == pytest.approx(losses(plain_run[1]), abs=1e-4)
+
+
+UNSHARED = dpo_train.TreeCollator
+
+
+@pytest.mark.parametrize("n_processes", [2])
+def test_one_trajectory_for_any_number_of_processes(plain_run, model_dir, data_file, tmp_path, n_processes):
+    folder = tmp_path / "run"
+    done = type_command(
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_processes),
+        "--main_process_port", "0", "dpo_train.py", *arguments(model_dir, data_file, folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{n_processes} process" in done.stdout
+    _, expected = plain_run
+    metrics = read_metrics(folder)
+    assert losses(metrics) == pytest.approx(losses(expected), abs=1e-4)
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"):
+        assert metrics[-1][name] == pytest.approx(expected[-1][name], abs=2e-3)
+    assert metrics[-2]["learning_rate"] == pytest.approx(expected[-2]["learning_rate"])
+
+
+def test_the_schedule(plain_run, model_dir, data_file, tmp_path):
+    """14 steps, warm-up of ceil(0.1 * 14) = 2: the learning rate is 0, 1/2 and 1 of its peak, then falls as a cosine."""
+    rates = [line["learning_rate"] for line in plain_run[1] if "loss" in line]
+    expected = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
+    assert rates == pytest.approx([2e-3 * rate for rate in expected])
+    constant = run(model_dir, data_file, tmp_path / "run", lr_scheduler_type="constant", max_steps=3)
+    assert [line["learning_rate"] for line in constant if "loss" in line] == [2e-3] * 3
+
+
+def test_logged_values_are_means_over_the_pairs_since_the_last_line(plain_run, model_dir, data_file, tmp_path):
+    sparse = run(model_dir, data_file, tmp_path / "run", logging_steps=5)
+    lines = [line for line in sparse if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 5, 10, 14]
+    each = losses(plain_run[1])
+    sizes = [8, 8, 8, 8, 8, 8, 6] * 2  # 54 pairs: the tail of each epoch is a step of its own
+    expected = sum(loss * n for loss, n in zip(each[5:10], sizes[5:10], strict=True)) / sum(sizes[5:10])
+    assert lines[2]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_resume_equals_uninterrupted(model_dir, data_file, tmp_path, precompute):
+    """Bit for bit, from the middle of an epoch, of a log window and of the reference's first pass."""
+    settings = {"logging_steps": 3, "save_steps": 4, "eval_steps": 6, "precompute_ref_log_probs": precompute}
+    whole = run(model_dir, data_file, tmp_path / "whole", save_total_limit=9, **settings)
+    folder = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", folder / "checkpoint-4")
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", folder)  # with lines behind step 4, as a crash leaves them
+    resumed = run(model_dir, data_file, folder, resume_from_checkpoint="latest", **settings)
+    timing = ("pairs_per_second", "tokens_per_second")
+
+    def comparable(metrics):
+        return [{k: v for k, v in line.items() if k not in timing} for line in metrics if "event" not in line]
+
+    assert comparable(resumed) == comparable(whole)
+    assert [line["step"] for line in resumed if "event" in line] == [4]
+    for name in ("model.safetensors", "checkpoint-14/model.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(tmp_path / "whole" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (folder / "report.md").read_text() == (tmp_path / "whole" / "report.md").read_text()
+
+
+def test_checkpoints_are_whole_and_limited(model_dir, data_file, tmp_path):
+    folder = tmp_path / "run"
+    run(model_dir, data_file, folder, save_steps=3, save_total_limit=2)
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-12", "checkpoint-14"]
+    (folder / "checkpoint-14" / "optimizer.pt").write_bytes(b"half")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    said = []
+    flags = dpo_train.parse_flags(arguments(model_dir, data_file, folder, resume_from_checkpoint="latest"))
+    assert dpo_train.choose_checkpoint(flags, folder, said.append).name == "checkpoint-12"
+    assert "checkpoint-14 is no whole checkpoint (optimizer.pt has another size" in said[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_batch_size": 4}, "--train_batch_size was 8 and is 4 now"),
+        ({"max_train_samples": 20}, "data was"),
+        ({"beta": 0.2}, "--beta was 0.1 and is 0.2 now"),
+        ({"model_name_or_path": "other"}, "policy's start (hash) was"),
+    ],
+)
+def test_resuming_another_run_is_refused(model_dir, data_file, tmp_path, tokenizer, changes, message):
+    folder = tmp_path / "run"
+    run(model_dir, data_file, folder, save_steps=2, max_steps=2)
+    if "model_name_or_path" in changes:
+        tiny_qwen2(len(tokenizer), seed=1).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        changes = {"model_name_or_path": tmp_path / "other"}
+    with pytest.raises(dpo_train.UserError) as error:
+        run(**{"model_dir": model_dir, "data_file": data_file, "output_dir": folder, "max_steps": 2,
+               "resume_from_checkpoint": "latest"} | changes)  # fmt: skip
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bf16_computes_in_bf16_over_float32_weights(model_dir, data_file, tmp_path, monkeypatch):
+    seen = set()
+    forward = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, *args, **kwargs):
+        out = forward(query, *args, **kwargs)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(dpo_train, "check_scorer", lambda *_: None)  # it computes in float32
+    metrics = run(model_dir, data_file, tmp_path / "run", mixed_precision="bf16")
+    assert seen == {torch.bfloat16}
+    assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6) and losses(metrics)[-1] < 0.55
+    assert {weight.dtype for weight in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_first_step_that_is_not_ln_2_is_explained(model_dir, data_file, tmp_path, monkeypatch):
+    real = dpo_train.ReferenceLogps.__call__
+    monkeypatch.setattr(dpo_train.ReferenceLogps, "__call__", lambda *args: real(*args) - 1 * torch.tensor([1.0, 0.0]))
+    with pytest.raises(
+        dpo_train.UserError, match="first step is 0.6.* and not ln 2 = 0.6931, though policy and reference"
+    ):
+        run(model_dir, data_file, tmp_path / "run")
+
+
+def test_a_model_that_ignores_the_mask_is_refused(model_dir, data_file, tmp_path, monkeypatch):
+    real = dpo_train.tree_mask
+    monkeypatch.setattr(dpo_train, "tree_mask", lambda branch, tree, dtype: real(branch * 0, tree, dtype))
+    with pytest.raises(dpo_train.UserError, match="Qwen2ForCausalLM can't be trained here"):
+        run(model_dir, data_file, tmp_path / "run")
+
+
+def test_another_reference(plain_run, model_dir, data_file, tmp_path, tokenizer):
+    tiny_qwen2(len(tokenizer), seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    metrics = run(model_dir, data_file, tmp_path / "run", max_steps=2, ref_model_name_or_path=tmp_path / "other")
+    assert abs(losses(metrics)[0] - math.log(2)) > 0.01  # and no complaint: the reference is another model on purpose
+
+
+def test_nothing_held_out(model_dir, data_file, tmp_path):
+    metrics = run(model_dir, data_file, tmp_path / "run", max_eval_samples=0, max_steps=2)
+    assert not any("eval_loss" in line for line in metrics)
+    assert "No pairs were held out" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--beta", "0"], "--beta 0.0: must be above 0"),
+        (["--beta", "nan"], "--beta nan: must be"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0: must be 0 or above"),
+        (["--train_batch_size", "0"], "--train_batch_size 0: must be above 0"),
+        (["--train_batch_size", "many"], "argument --train_batch_size: invalid int value: 'many'"),
+        (["--loss_type", "hinge"], "argument --loss_type: invalid choice: 'hinge'"),
+        (["--label_smoothing", "0.5"], "--label_smoothing 0.5: must be from 0 to below 0.5"),
+        (["--warmup_steps", "5", "--max_steps", "5"], "--warmup_steps 5: must be below --max_steps"),
+        (["--micro_batch_tokens", "100"], "--micro_batch_tokens 100: must be at least 2048"),
+        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+        (
+            ["--output_dir", "/dev/null/run"],
+            "--output_dir /dev/null/run: /dev/null is no folder that can be written to",
+        ),
+        (["--model_name_or_path", "README.md"], "--model_name_or_path README.md can't be loaded"),
+        (["--resume_from_checkpoint", "latest", "--output_dir", "nowhere"], "there is no whole checkpoint in nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_flags_get_one_line(words, message, model_dir, data_file, capsys, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.chdir(ROOT)
+    defaults = ["--model_name_or_path", str(model_dir), "--dataset_name", str(data_file), "--mixed_precision", "no"]
+    assert dpo_train.main(defaults + words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dpo_train.py: ") and message in error and error.count("\n") == 1
+    assert not (ROOT / "nowhere").exists()
+
+
+def test_another_runs_folder_is_never_written_to(plain_run, model_dir, data_file):
+    folder, metrics = plain_run
+    with pytest.raises(dpo_train.UserError, match="holds another run: give another folder"):
+        run(model_dir, data_file, folder)
+    assert read_metrics(folder) == metrics
+
+
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = dpo_train.Flags(demo=True)
+    assert dpo_train.choose_output_dir(flags) == Path("output/demo")
+    (tmp_path / "output/demo/checkpoint-5").mkdir(parents=True)
+    assert dpo_train.choose_output_dir(flags) == Path("output/demo-2")
+    flags.resume_from_checkpoint = "latest"
+    assert dpo_train.choose_output_dir(flags) == Path("output/demo")
+
+
+def test_without_a_network_one_line_says_what_is_missing(tmp_path):
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = type_command(sys.executable, str(ROOT / "dpo_train.py"), cwd=tmp_path, env=away, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    for words in ("Qwen/Qwen2.5-0.5B", "http://127.0.0.1:9 can't be reached", "HF_ENDPOINT", "git clone", "--demo"):
+        assert words in done.stderr
+    assert not list(tmp_path.glob("output"))
+
+
+def test_bad_rows_among_good_ones(model_dir, tmp_path):
+    rows = [row for good in make_rows() for row in (good, {"chosen": None}, 7)]
+    run(model_dir, write_jsonl(tmp_path / "mixed.jsonl", rows), tmp_path / "mixed", max_steps=3)
+    run(model_dir, write_jsonl(tmp_path / "good.jsonl", make_rows()), tmp_path / "good", max_steps=3)
+    assert losses(read_metrics(tmp_path / "mixed")) == losses(read_metrics(tmp_path / "good"))
