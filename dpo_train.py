@@ -14,11 +14,12 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, get_scheduler
 
@@ -50,10 +52,14 @@ from dataset import (
     tree_mask,
 )
 from loss import dpo_loss, response_logps
-from plot_loss import plot_runs, read_run
+from plot_loss import PlotError, plot_runs, read_run
 
 LN2 = math.log(2)
 SAMPLE = Path(__file__).resolve().parent / "docs" / "sample"
+
+
+class Stopped(UserError):
+    """Asked to stop, and did: said by the main process alone."""
 
 
 def flag(default: Any, text: str) -> Any:
@@ -79,7 +85,7 @@ class Flags:
     max_eval_samples: int = flag(512, "hold out this many pairs at most, whole prompts, and at most a tenth; 0: none")
     train_batch_size: int = flag(64, "pairs in one optimizer step, over all processes")
     micro_batch_tokens: int | None = flag(
-        None, "tokens in one forward pass of one process; sets the memory, never the result (default: by device)"
+        None, "tokens in one forward pass of one process; sets the memory, not the result (default: GPU 8192, CPU 2048)"
     )
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
@@ -128,6 +134,8 @@ METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
+LENGTHS = ("lengths/chosen", "lengths/rejected")  # in tokens, end-of-turn included
+SINKING = 0.1  # nats a token by which the chosen responses may become less likely before a warning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,14 +232,18 @@ def _holds_run(folder: Path) -> bool:
 
 def load_tokenizer(name: str):
     with _explained("--model_name_or_path", name):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path") -> PreTrainedModel:
     """A causal LM in float32, without dropout. As stored, in bf16, its weights would be too coarse to learn in."""
     with _explained(flag_name, name):
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=flags.attn_implementation, use_safetensors=True
+            name,
+            dtype=torch.float32,
+            attn_implementation=flags.attn_implementation,
+            use_safetensors=True,  # a pickle could run code
+            trust_remote_code=False,
         )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -246,17 +258,18 @@ def _explained(flag_name: str, name: str) -> Iterator[None]:
     """Whatever goes wrong inside, in one line that says what to do."""
     try:
         yield
-    except Exception:  # dozens of types, from the hub, from config files, from weights
+    except Exception as error:  # dozens of types, from the hub, from config files, from weights
+        reason = first_line(error)
         if Path(name).expanduser().exists():
             remedy = "expected a model's folder with config.json, model.safetensors and the tokenizer's files"
         else:
             if huggingface_hub.constants.HF_HUB_OFFLINE:
-                error = f"{huggingface_hub.constants.ENDPOINT} can't be reached, and it is not in the cache"
+                reason = f"{huggingface_hub.constants.ENDPOINT} can't be reached, and it is not in the cache"
             remedy = (
                 "set HF_ENDPOINT to a mirror of the hub, or give a local folder (git clone), or run `--demo`, which "
                 "needs no network"
             )
-        raise UserError(f"{flag_name} {name} can't be loaded ({first_line(error)}): {remedy}") from None
+        raise UserError(f"{flag_name} {name} can't be loaded ({reason}): {remedy}") from None
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -529,14 +542,17 @@ def save_checkpoint(folder: Path, limit: int, write, state: dict[str, Any]) -> N
     final = folder / f"checkpoint-{state['step']}"
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    state["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-    (aside / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-    for path in [*aside.iterdir(), aside]:
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        state["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+        (aside / "state.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     _sync(folder)
     for old in find_checkpoints(folder)[limit:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -636,7 +652,8 @@ def train(flags: Flags) -> Path:
     say = accelerator.print
     set_seed(flags.seed)
     (output_dir,) = accelerate.utils.broadcast_object_list([choose_output_dir(flags) if main else None])
-    micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192)
+    # About 1.7 MB of activations a token of Qwen2.5-0.5B: 14 GB on a GPU; a CPU gains nothing from large micro-batches.
+    micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if device.type == "cuda" else 2048)
     check_writable(output_dir)
     metrics_file = output_dir / "metrics.jsonl"
 
@@ -695,24 +712,29 @@ def train(flags: Flags) -> Path:
     identity = {"policy's start (hash)": start_hash, "reference (hash)": reference_hash, "data": data.fingerprint}
     identity |= {f"--{name}": getattr(flags, name) for name in IDENTITY}
     step, before = 0, {}
+    # Sums over the pairs since the last log line, and their number; added up where they are, looked at when logged.
     window = torch.zeros(
-        len(METRICS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+        len(METRICS + LENGTHS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
     )
+    pair_losses = torch.zeros(len(data.train), device=device)
+    first_broken = torch.full((), -1.0, device=device)  # the step whose gradients are not finite
     checkpoint = choose_checkpoint(flags, output_dir, say)
     if checkpoint is not None:
         state = read_state(checkpoint)
         check_identity(state["identity"], identity, checkpoint)
         step, before = state["step"], state["before"]
         load_checkpoint(checkpoint, accelerator, scorer, optimizer, scheduler, window, train_reference)
+        window *= main  # it holds the sums of all processes
         if main:
             cut_metrics(metrics_file, step)
             append(metrics_file, {"step": step, "event": "resumed", "checkpoint": checkpoint.name})
 
     def write_checkpoint() -> None:
         train_reference.share()
+        sums = accelerator.reduce(window, "sum")
         if main:
             tensors = {
-                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "window": window,
+                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "window": sums,
                 "reference": {"logps": train_reference.logps.cpu(), "known": torch.from_numpy(train_reference.known)},
                 "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all(),
             }  # fmt: skip
@@ -722,7 +744,11 @@ def train(flags: Flags) -> Path:
                 torch.save(tensors, folder / "optimizer.pt")
 
             state = {"step": step, "identity": identity, "before": before, "flags": asdict(flags)}
-            save_checkpoint(output_dir, flags.save_total_limit, write, state)
+            try:
+                save_checkpoint(output_dir, flags.save_total_limit, write, state)
+            except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each library puts it
+                last = next((str(path) for path in find_checkpoints(output_dir)), "none")
+                say(f"warning: no checkpoint at step {step} ({first_line(error)}); the last one: {last}")
         accelerator.wait_for_everyone()
 
     def look() -> dict:
@@ -746,26 +772,48 @@ def train(flags: Flags) -> Path:
         model.train()
         return answers
 
-    def log(line: dict, prefix: str = "") -> None:
+    def log(line: dict) -> None:
         if main:
             append(metrics_file, line)
+
+    def log_eval(found: dict) -> None:
+        if found:
+            log({"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
+                | {f"eval_{name}": value for name, value in found["metrics"].items()})  # fmt: skip
+
+    def check_finite() -> None:
+        """Asks the GPU, and so waits for it: only where something is waited for anyway."""
+        if first_broken < 0:
+            return
+        broken = steps.indices(int(first_broken))
+        values = accelerator.reduce(pair_losses, "sum")[broken].cpu().numpy()
+        culprits = broken[~np.isfinite(values)] if not np.isfinite(values).all() else broken
+        rows = ", ".join(str(row) for row in sorted(data.train.rows[culprits].tolist())[:8])
+        last = next((f"`{resume_command(output_dir)}`" for _ in find_checkpoints(output_dir)), "there is no checkpoint")
+        raise UserError(
+            f"the loss or its gradient at step {int(first_broken) + 1} is not finite (row {rows} of the data"
+            f"{' and others' if len(culprits) > 8 else ''}); the weights were not changed by it. Look at these rows, "
+            f"lower --learning_rate, or try --mixed_precision no. To go on from the last checkpoint: {last}"
+        )
 
     if main:
         output_dir.mkdir(parents=True, exist_ok=True)
         print("\n".join(header(flags, accelerator, policy, data, tokenizer, steps, total_steps, output_dir)))
     if step == 0:
         before = look()
+        log_eval(before)
         if before:
-            log({"step": 0, "epoch": 0.0, **{f"eval_{name}": value for name, value in before["metrics"].items()}})
             before["answers"] = look_at_answers()
             say(describe_eval(0, before["metrics"]))
 
-    if flags.precompute_ref_log_probs and not train_reference.known.all():
+    if flags.precompute_ref_log_probs:
         train_reference.fill(data.train, collate)
+        eval_reference.fill(data.held_out, collate)
         del reference, reference_scorer  # no second model in memory
 
     # The loop.
-    interrupted = catch_signals()
+    interrupted, give_signals_back = catch_signals(accelerator)
+    warned: set[str] = set()
     loader = torch.utils.data.DataLoader(
         steps, sampler=range(step, total_steps), batch_size=None,
         num_workers=1 if device.type == "cuda" else 0, pin_memory=device.type == "cuda",
@@ -786,11 +834,20 @@ def train(flags: Flags) -> Path:
                     # The mean over exactly this step's pairs, however they are cut; DDP will average over processes.
                     loss = (losses * batch["pair_weight"]).sum() * accelerator.num_processes / n_pairs
                     accelerator.backward(loss)
-                window[:-1] += (metrics * batch["pair_weight"][:, None]).sum(0)
+                columns = torch.cat([metrics, of_pairs(batch["response_lengths"], batch)], dim=1)
+                window[:-1] += (columns * batch["pair_weight"][:, None]).sum(0)
                 window[-1] += batch["pair_weight"].sum()
+                if not filler:
+                    pair_losses[batch["pair_index"]] = losses.detach()
         grad_norm = accelerator.clip_grad_norm_(scorer.parameters(), flags.max_grad_norm or math.inf)
         if step == 0:
             check_first_step(accelerator.reduce(window, "sum"), start_hash == reference_hash, flags)
+        # Once a gradient is not finite, the fused AdamW leaves the weights alone, here and in all later steps.
+        bad = (first_broken < 0) & ~torch.isfinite(grad_norm)
+        first_broken = torch.where(bad, float(step), first_broken)
+        optimizer.optimizer.found_inf = (first_broken >= 0).float()
+        if device.type == "cpu":
+            check_finite()
         optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -801,11 +858,12 @@ def train(flags: Flags) -> Path:
             train_reference.share()
 
         if step == 1 or step % flags.logging_steps == 0 or step == total_steps:
+            check_finite()
             totals = accelerator.reduce(window, "sum")
             seconds = time.perf_counter() - clock
             values = (totals[:-1] / totals[-1]).tolist()
             line = {"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
-            line |= dict(zip(METRICS, values, strict=True))
+            line |= dict(zip(METRICS + LENGTHS, values, strict=True))
             line |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
             all_tokens = int(accelerator.reduce(torch.tensor(n_tokens, device=device), "sum"))
             line |= {"pairs_per_second": n_pairs_timed / seconds, "tokens_per_second": all_tokens / seconds}
@@ -818,6 +876,11 @@ def train(flags: Flags) -> Path:
             )
             if bar.disable:
                 say(describe_step(line, total_steps))
+            for name, text in worries(line, flags, warmup_steps):
+                if name not in warned:
+                    warned.add(name)
+                    bar.clear()
+                    say(f"warning: {text}")
             window.zero_()
             clock, n_tokens, n_pairs_timed = time.perf_counter(), 0, 0
         bar.update()
@@ -825,31 +888,41 @@ def train(flags: Flags) -> Path:
         if flags.eval_steps and step % flags.eval_steps == 0 and step < total_steps and len(data.held_out):
             paused = time.perf_counter()
             found = look()
-            log({"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
-                | {f"eval_{name}": value for name, value in found["metrics"].items()})  # fmt: skip
+            log_eval(found)
             bar.clear()
             say(describe_eval(step, found["metrics"]))
             clock += time.perf_counter() - paused
-        stop = interrupted(accelerator)
+        stop = interrupted()
         if stop or flags.save_steps and (step % flags.save_steps == 0 or step == total_steps):
             paused = time.perf_counter()
+            check_finite()
             write_checkpoint()
             clock += time.perf_counter() - paused
         if stop and step < total_steps:
             bar.close()
-            raise UserError(f"stopped after step {step}; go on with: {resume_command(output_dir)}")
+            give_signals_back()
+            raise Stopped(f"stopped after step {step}; go on with: {resume_command(output_dir)}")
     bar.close()
+    give_signals_back()
 
     # The end: figures, the model, the report, the picture.
     after = look()
+    log_eval(after)
     if after:
-        log({"step": step, "epoch": round(step / steps.steps_per_epoch, 6)}
-            | {f"eval_{name}": value for name, value in after["metrics"].items()})  # fmt: skip
         after["answers"] = look_at_answers()
     if main:
-        save_model(accelerator.unwrap_model(scorer).model, tokenizer, output_dir, end_id)
+        try:
+            save_model(accelerator.unwrap_model(scorer).model, tokenizer, output_dir, end_id)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"the trained model can't be written to {output_dir} ({first_line(error)}); make room, then: "
+                f"{resume_command(output_dir)}"
+            ) from None
         table = write_report(output_dir / "report.md", before, after, flags, step)
-        plot_runs([read_run(output_dir)], output_dir / "loss.png")
+        try:
+            plot_runs([read_run(output_dir)], output_dir / "loss.png")
+        except (OSError, PlotError) as error:  # no reason to lose a run's last lines
+            say(f"warning: no picture ({first_line(error)})")
         print("\n".join(["", *table, *describe_answers(before, after)]))
         print(f"\nmodel {output_dir}\nreport {output_dir / 'report.md'}\npicture {output_dir / 'loss.png'}")
     accelerator.end_training()
@@ -873,13 +946,38 @@ def load_checkpoint(checkpoint, accelerator, scorer, optimizer, scheduler, windo
     torch.set_rng_state(tensors["rng"])
 
 
+def worries(line: dict, flags: Flags, warmup_steps: int) -> Iterator[tuple[str, str]]:
+    """What a log line gives reason to warn of: (name, text). Each is said once in a run."""
+    if line["step"] >= 10 and abs(line["loss"] - LN2) < 1e-4:
+        if flags.learning_rate == 0:
+            why = "--learning_rate is 0"
+        elif line["step"] <= warmup_steps:
+            why = f"the learning rate is still rising, until step {warmup_steps} (--warmup_ratio, --warmup_steps)"
+        elif line["grad_norm"] == 0:
+            why = "the gradients are 0"
+        elif max(line["lengths/chosen"], line["lengths/rejected"]) < 2:
+            why = "the responses are empty: a token each"
+        elif flags.beta < 0.01:
+            why = f"--beta {flags.beta} is so small that the rewards, beta times log-ratio, hardly differ"
+        else:
+            why = f"--learning_rate {flags.learning_rate} hardly moves the log-probabilities; try ten times as much"
+        yield "stuck", f"the loss stays at ln 2 = 0.6931: {why}"
+    sunk = -line["rewards/chosen"] / flags.beta / line["lengths/chosen"]
+    if sunk > SINKING:
+        text = (
+            f"the chosen responses have become less likely than under the reference, by {sunk:.2f} nats a token (more "
+            f"than {SINKING}): DPO raises only the margin. A lower --learning_rate, fewer steps, a higher --beta help"
+        )
+        yield "sinking", text
+
+
 def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> None:
     """At step 0 policy and reference are the same model, so each reward is 0 and the loss ln 2.
 
     Raises:
         UserError: if it isn't so, or if the loss is not a number.
     """
-    values = dict(zip(METRICS, (window[:-1] / window[-1]).tolist(), strict=True))
+    values = dict(zip(METRICS + LENGTHS, (window[:-1] / window[-1]).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         raise UserError(f"the loss at the first step is {values['loss']}: the model's log-probabilities are not finite")
     tolerance = 1e-3 if flags.mixed_precision == "no" else 0.05
@@ -891,34 +989,42 @@ def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> No
         )
 
 
-def catch_signals():
-    """A function that says True after SIGTERM or Ctrl-C, in all processes alike. A second Ctrl-C exits at once."""
+def catch_signals(accelerator: Accelerator) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Two functions: one says True after SIGTERM or Ctrl-C, in all processes alike; one gives the signals back.
+
+    A second signal ends the process at once.
+    """
     caught: list[int] = []
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nfinishing this step, then writing a checkpoint (again: exit at once)", file=sys.stderr)
+        if accelerator.is_main_process:
+            print("\nfinishing this step, then writing a checkpoint (again: exit at once)", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # only the main thread may
-            signal.signal(number, note)
-
-    def interrupted(accelerator: Accelerator) -> bool:
+    def interrupted() -> bool:
         if accelerator.num_processes == 1:
             return bool(caught)
         return bool(accelerator.reduce(torch.tensor(float(len(caught)), device=accelerator.device), "sum") > 0)
 
-    return interrupted
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return interrupted, give_back
 
 
 def resume_command(output_dir: Path) -> str:
-    words = [word for word in sys.argv[1:]]
+    words = sys.argv[1:]
     for name in ("--output_dir", "--resume_from_checkpoint"):
         while name in words:
             del words[words.index(name) : words.index(name) + 2]
+        words = [word for word in words if not word.startswith(name + "=")]
+    words += ["--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
     launcher = "accelerate launch" if "WORLD_SIZE" in os.environ else "python"
-    return " ".join([launcher, "dpo_train.py", *words, f"--output_dir {output_dir} --resume_from_checkpoint latest"])
+    return f"{launcher} dpo_train.py {shlex.join(words)}"
 
 
 def append(path: Path, line: dict) -> None:
@@ -1017,11 +1123,14 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+    rank = os.environ.get("RANK", "0")
     try:
         train(parse_flags(argv))
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"dpo_train.py: {error}" if rank == "0" else f"dpo_train.py (process {rank}): {error}", file=sys.stderr)
+        if rank == "0":
+            print(f"dpo_train.py: {error}", file=sys.stderr)
+        elif not isinstance(error, Stopped):
+            print(f"dpo_train.py (process {rank}): {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -4,7 +4,10 @@ import copy
 import json
 import math
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +90,7 @@ def test_the_trained_model_loads_and_knows_where_to_stop(plain_run, model_dir, t
 
 
 def naive_losses(model_dir, data_file, seed=42, **changes):
-    """The same run written the plain way: a row for each response, full logits, no sharing, no cutting, no accelerate."""
+    """The same run, the plain way: a row for each response, full logits, no sharing, no cutting, no accelerate."""
     settings = SETTINGS | changes
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     rows = [json.loads(line) for line in Path(data_file).read_text().splitlines()]
@@ -174,7 +177,7 @@ def test_one_trajectory_for_any_number_of_processes(plain_run, model_dir, data_f
 
 
 def test_the_schedule(plain_run, model_dir, data_file, tmp_path):
-    """14 steps, warm-up of ceil(0.1 * 14) = 2: the learning rate is 0, 1/2 and 1 of its peak, then falls as a cosine."""
+    """14 steps, warm-up of ceil(0.1 * 14) = 2: the rate is 0, 1/2 and 1 of its peak, then falls as a cosine."""
     rates = [line["learning_rate"] for line in plain_run[1] if "loss" in line]
     expected = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
     assert rates == pytest.approx([2e-3 * rate for rate in expected])
@@ -357,3 +360,102 @@ def test_bad_rows_among_good_ones(model_dir, tmp_path):
     run(model_dir, write_jsonl(tmp_path / "mixed.jsonl", rows), tmp_path / "mixed", max_steps=3)
     run(model_dir, write_jsonl(tmp_path / "good.jsonl", make_rows()), tmp_path / "good", max_steps=3)
     assert losses(read_metrics(tmp_path / "mixed")) == losses(read_metrics(tmp_path / "good"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run(model_dir, data_file, tmp_path, monkeypatch, what):
+    """Pair 7's loss, or only its gradient, becomes NaN at the first step that has it after a checkpoint."""
+    real, armed = dpo_train.pair_metrics, []
+
+    def poisoned(policy, reference, flags):
+        losses, metrics = real(policy, reference, flags)
+        if policy.requires_grad:
+            armed.append(1)
+            if len(armed) == 5:
+                factor = torch.tensor(float("nan")) if what == "loss" else torch.ones(())
+                losses = losses * torch.cat([factor[None], torch.ones(len(losses) - 1)])
+                if what == "gradient":
+                    losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses, metrics
+
+    monkeypatch.setattr(dpo_train, "pair_metrics", poisoned)
+    with pytest.raises(dpo_train.UserError) as error:
+        run(model_dir, data_file, tmp_path / "run", save_steps=1, save_total_limit=9)
+    rows = re.search(r"at step 5 is not finite \(row ([0-9, ]+) of the data\); the weights were not", str(error.value))
+    assert len(rows.group(1).split(", ")) == {"loss": 1, "gradient": 8}[what]
+    assert "--resume_from_checkpoint latest" in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in dpo_train.find_checkpoints(tmp_path / "run")][0] == "checkpoint-4"
+
+
+def test_the_fused_optimizer_leaves_the_weights_alone_when_told_so():
+    """What a GPU relies on, where nobody looks at the gradients between log lines."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for found, expected in ((1.0, 1.0), (0.0, 0.9)):
+        weight.grad = torch.full((3,), 5.0)
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+        assert weight[0].item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"learning_rate": 0}, "--learning_rate is 0"),
+        ({"warmup_steps": 12, "learning_rate": 1e-9}, "still rising, until step 12"),
+        ({"beta": 1e-6}, "--beta 1e-06 is so small"),
+        ({"learning_rate": 1e-9}, "--learning_rate 1e-09 hardly moves the log-probabilities"),
+    ],
+)
+def test_a_loss_stuck_at_ln_2_is_explained_once(model_dir, data_file, tmp_path, capsys, changes, why):
+    run(model_dir, data_file, tmp_path / "run", **changes)
+    said = [line for line in capsys.readouterr().out.splitlines() if "stays at ln 2" in line]
+    assert len(said) == 1 and why in said[0]
+
+
+def test_sinking_chosen_log_probabilities_are_told(plain_run, model_dir, data_file, tmp_path, capsys, monkeypatch):
+    """Rewards of -0.5 at beta 0.1 are 5 nats below the reference: 0.1 a token for 50 tokens, the limit, more for 40."""
+    line = {"step": 30, "loss": 0.4, "rewards/chosen": -0.5, "lengths/chosen": 40.0, "lengths/rejected": 40.0}
+    ((name, text),) = dpo_train.worries(line, dpo_train.Flags(), 0)
+    assert name == "sinking" and "by 0.12 nats a token" in text
+    assert not list(dpo_train.worries(line | {"lengths/chosen": 51.0}, dpo_train.Flags(), 0))
+    monkeypatch.setattr(dpo_train, "SINKING", -1.0)  # so that every line warns: it is said once all the same
+    run(model_dir, data_file, tmp_path / "run", max_steps=3)
+    assert capsys.readouterr().out.count("have become less likely") == 1
+
+
+def test_sigterm_finishes_the_step_and_tells_how_to_go_on(model_dir, data_file, tmp_path):
+    """Stopped in the middle and resumed with the printed command: the same end as without the stop."""
+    settings = {"num_train_epochs": 30, "save_steps": 1000}
+    run(model_dir, data_file, tmp_path / "whole", **settings)
+    folder = tmp_path / "stopped"
+    words = [sys.executable, "dpo_train.py", *arguments(model_dir, data_file, folder, **settings)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 1
+    stopped = re.search(r"stopped after step (\d+); go on with: python (dpo_train.py .*)\n", error)
+    assert 20 <= int(stopped.group(1)) < 210
+    assert (folder / f"checkpoint-{stopped.group(1)}" / "state.json").exists()
+    done = type_command(sys.executable, *shlex.split(stopped.group(2)))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_nothing(model_dir, data_file, tmp_path, monkeypatch, capsys):
+    real = dpo_train.save_model
+
+    def full_disk(model, tokenizer, folder, end_id):
+        if folder.name == ".checkpoint-4.tmp":
+            raise OSError(28, "No space left on device")
+        real(model, tokenizer, folder, end_id)
+
+    monkeypatch.setattr(dpo_train, "save_model", full_disk)
+    run(model_dir, data_file, tmp_path / "run", save_steps=2, max_steps=5, save_total_limit=9)
+    assert "no checkpoint at step 4 ([Errno 28] No space left on device); the last one:" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*"))
+    assert names == ["checkpoint-2", "checkpoint-5"]
