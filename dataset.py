@@ -526,7 +526,9 @@ def prepare(
     if not len(train):
         raise _no_row_left(causes.values())
     assert not np.intersect1d(train.keys, held_out.keys).size, "a prompt is on both sides of the split"
-    fingerprint = _digest((tokens._fingerprint, len(train), len(held_out)))
+    # Of the contents, not of a path or a date: a resumed run may find its data in another place.
+    digests = np.asarray(list(tokens["digest"]), dtype=np.int64)
+    fingerprint = _digest([digests[kept[side]].tolist() for side in (kept >= n_held_out, kept < n_held_out)])
     return PreparedData(train, held_out, len(rows), dropped, int(sum(tokens["truncated"])), fingerprint)
 
 
@@ -575,9 +577,13 @@ def _scan_rows(batch: dict[str, list]) -> dict[str, list]:
     for triple in _triples(batch):
         usable = not isinstance(triple, Unusable)
         text = json.dumps(triple.prompt) if usable else ""
-        keys.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True))
+        keys.append(_hash64(text.encode()))
         causes.append("" if usable else str(triple))
     return {"key": keys, "cause": causes}
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
 def _encode_rows(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
@@ -586,6 +592,10 @@ def _encode_rows(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
     nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
     columns = {name: [(nothing if isinstance(row, Unusable) else row)[name] for row in encoded] for name in nothing}
     columns |= {name: [np.asarray(ids, dtype=np.int32) for ids in columns[name]] for name in nothing if "ids" in name}
+    columns["digest"] = [
+        _hash64(b"|".join(ids.tobytes() for ids in row))
+        for row in zip(columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True)
+    ]
     columns["cause"] = [str(row) if isinstance(row, Unusable) else "" for row in encoded]
     columns["domain"] = ["" if isinstance(triple, Unusable) else triple.domain for triple in triples]
     return columns

@@ -463,7 +463,7 @@ def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, indices: list[int], 
         answers.append(
             {
                 "domain": pairs.domains[pair["index"]],
-                "prompt": tokenizer.decode(prompt[0]),
+                "prompt": tokenizer.decode(prompt[0], skip_special_tokens=True).strip(),
                 "answer": tokenizer.decode(ids, skip_special_tokens=True),
                 "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
                 "stopped": end_id in ids,
@@ -476,23 +476,28 @@ def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, indices: list[int], 
 def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int) -> list[str]:
     """Write `report.md`, before and after side by side; returns its figures as lines for the terminal."""
 
-    def table(title: str, old: dict, new: dict) -> list[str]:
-        rows = [
-            ("loss (nats)", "loss", ".4f"),
-            ("accuracy by reward", "rewards/accuracies", ".3f"),
-            ("accuracy by log-probability", "logps/accuracies", ".3f"),
-            ("margin (nats, beta included)", "rewards/margins", ".3f"),
-            ("log-probability of chosen (nats)", "logps/chosen", ".2f"),
-            ("log-probability of rejected (nats)", "logps/rejected", ".2f"),
-        ]
-        lines = [f"| {title} | before | after |", "|---|---:|---:|"]
-        return lines + [f"| {name} | {old[key]:{form}} | {new[key]:{form}} |" for name, key, form in rows]
-
-    held_out = table(f"held out, {before['n_pairs']} pairs", before["metrics"], after["metrics"]) if before else []
+    rows = [
+        ("loss (nats)", "loss", ".4f"),
+        ("accuracy by reward", "rewards/accuracies", ".3f"),
+        ("accuracy by log-probability", "logps/accuracies", ".3f"),
+        ("margin (nats, beta included)", "rewards/margins", ".3f"),
+        ("log-probability of chosen (nats)", "logps/chosen", ".2f"),
+        ("log-probability of rejected (nats)", "logps/rejected", ".2f"),
+    ]
+    held_out = []
+    if before:
+        old, new = before["metrics"], after["metrics"]
+        held_out = [f"| held out, {before['n_pairs']} pairs | before | after |", "|---|---:|---:|"]
+        held_out += [f"| {name} | {old[key]:{form}} | {new[key]:{form}} |" for name, key, form in rows]
     lines = ["# Before and after", "", f"{flags.model_name_or_path} on {flags.dataset_name}, {steps} steps.", ""]
     lines += held_out or ["No pairs were held out (`--max_eval_samples 0`): nothing to compare."]
-    for domain in before.get("domains", {}):
-        lines += ["", *table(domain or "(no domain)", before["domains"][domain], after["domains"][domain])]
+    if len(before.get("domains", {})) > 1:
+        columns = [row for row in rows if "log-probability of" not in row[0]]
+        lines += ["", "| before → after | " + " | ".join(name for name, _, _ in columns) + " |"]
+        lines += ["|---|" + "---:|" * len(columns)]
+        for domain, old in before["domains"].items():
+            cells = (f"{old[key]:{form}} → {after['domains'][domain][key]:{form}}" for _, key, form in columns)
+            lines.append(f"| {domain or '(none)'} | " + " | ".join(cells) + " |")
     if before.get("answers"):
         lines += ["", f"## Answers to held-out prompts (greedy, at most {flags.max_new_tokens} tokens)", ""]
         lines += ["| | before | after |", "|---|---:|---:|"]
@@ -766,8 +771,9 @@ def train(flags: Flags) -> Path:
     def look_at_answers() -> list[dict]:
         if not main or not flags.max_new_tokens or not len(data.held_out):
             return []
-        with accelerator.autocast():
-            model, indices = accelerator.unwrap_model(scorer).model.eval(), pick_prompts(data.held_out)
+        model, indices = accelerator.unwrap_model(scorer).model.eval(), pick_prompts(data.held_out)
+        # One token at a time, a CPU is several times slower in bf16 than in float32.
+        with accelerator.autocast() if device.type != "cpu" else contextlib.nullcontext():
             answers = answer(model, tokenizer, data.held_out, indices, end_id, flags.max_new_tokens)
         model.train()
         return answers
@@ -1108,13 +1114,9 @@ def describe_eval(step: int, metrics: dict[str, float]) -> str:
 def describe_answers(before: dict, after: dict, n: int = 3) -> list[str]:
     lines = []
     for old, new in list(zip(before.get("answers", []), after.get("answers", []), strict=False))[:n]:
-        question = repr(old["prompt"])[1:-1]
-        lines += [
-            "",
-            f"...{question[-100:]}",
-            f"  before: {old['answer'][:160]!r}",
-            f"  after:  {new['answer'][:160]!r}",
-        ]
+        question = old["prompt"].removesuffix("assistant").strip().splitlines()[-1:]
+        lines += ["", *(line[-120:] for line in question)]
+        lines += [f"  before: {old['answer'][:160]!r}", f"  after:  {new['answer'][:160]!r}"]
     return lines
 
 

@@ -87,3 +87,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows())
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="how often test_robust.py kills the demo")
