@@ -220,6 +220,24 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: {there} is no folder that can be written to")
 
 
+def check_room(folder: Path, n_parameters: int, flags: Flags, say: Callable[[str], None]) -> None:
+    """Is there room on the disk for the trained model and the checkpoints, weights and AdamW's two moments in float32?
+
+    Raises:
+        UserError: if not even one of each fits.
+    """
+    model, checkpoint = 4 * n_parameters, 12 * n_parameters * bool(flags.save_steps)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    # The oldest checkpoint is removed only after the new one is whole.
+    for needed, enough in ((model + checkpoint, True), (model + checkpoint * (flags.save_total_limit + 1), False)):
+        if free < needed:
+            text = f"--output_dir {folder}: {free / 1e9:.1f} GB are free, and the run may need {needed / 1e9:.1f} GB"
+            if enough:
+                raise UserError(f"{text}: make room, or give another folder or --save_steps 0")
+            say(f"warning: {text} (--save_total_limit {flags.save_total_limit})")
+
+
 def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("metrics.jsonl", "model.safetensors")) or any(
         folder.glob("checkpoint-*")
@@ -489,7 +507,10 @@ def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int
         old, new = before["metrics"], after["metrics"]
         held_out = [f"| held out, {before['n_pairs']} pairs | before | after |", "|---|---:|---:|"]
         held_out += [f"| {name} | {old[key]:{form}} | {new[key]:{form}} |" for name, key, form in rows]
-    lines = ["# Before and after", "", f"{flags.model_name_or_path} on {flags.dataset_name}, {steps} steps.", ""]
+    names = (
+        Path(name).name if Path(name).is_absolute() else name for name in (flags.model_name_or_path, flags.dataset_name)
+    )
+    lines = ["# Before and after", "", f"{' on '.join(names)}, {steps} steps.", ""]  # no paths of somebody's machine
     lines += held_out or ["No pairs were held out (`--max_eval_samples 0`): nothing to compare."]
     if len(before.get("domains", {})) > 1:
         columns = [row for row in rows if "log-probability of" not in row[0]]
@@ -644,6 +665,9 @@ class StepBatches(torch.utils.data.Dataset):
 
 def train(flags: Flags) -> Path:
     """One run, from flags to files; returns the output folder."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(f"{name} is not supported, only one process or DDP: `accelerate launch --multi_gpu`")
     try:
         accelerator = Accelerator(
             mixed_precision=flags.mixed_precision,
@@ -700,6 +724,8 @@ def train(flags: Flags) -> Path:
             for layer in model.base_model.layers:
                 layer.compile(dynamic=True)
     check_scorer(reference_scorer, data.train, device)
+    if main:
+        check_room(output_dir, sum(weight.numel() for weight in policy.parameters()), flags, say)
     scorer = ResponseScorer(policy.train())
     scorer, optimizer = accelerator.prepare(
         scorer,
@@ -748,7 +774,7 @@ def train(flags: Flags) -> Path:
                 save_model(accelerator.unwrap_model(scorer).model, tokenizer, folder, end_id)
                 torch.save(tensors, folder / "optimizer.pt")
 
-            state = {"step": step, "identity": identity, "before": before, "flags": asdict(flags)}
+            state = {"step": step, "identity": identity, "before": before}
             try:
                 save_checkpoint(output_dir, flags.save_total_limit, write, state)
             except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each library puts it
@@ -815,6 +841,9 @@ def train(flags: Flags) -> Path:
         train_reference.fill(data.train, collate)
         eval_reference.fill(data.held_out, collate)
         del reference, reference_scorer  # no second model in memory
+
+    if device.type == "cuda":
+        rehearse(scorer, accelerator, micro_batch_tokens)
 
     # The loop.
     interrupted, give_signals_back = catch_signals(accelerator)
@@ -992,6 +1021,46 @@ def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> No
             f"have the same weights (rewards {values['rewards/chosen']:.4f}, {values['rewards/rejected']:.4f}): they "
             "must compute in the same precision and without dropout"
         )
+
+
+def rehearse(scorer: torch.nn.Module, accelerator: Accelerator, n_tokens: int) -> None:
+    """Forward and backward of the largest micro-batch there can be: if memory runs out, then now and not after an hour.
+
+    Raises:
+        UserError: with the number of tokens that should fit.
+    """
+    device = accelerator.device
+    resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    pair = {
+        "index": 0,
+        "prompt_ids": [0],
+        "chosen_ids": [0] * (n_tokens // 2),
+        "rejected_ids": [1] * (n_tokens // 2 - 1),
+    }
+    (batch,) = TreeCollator(n_tokens)([pair])
+    try:
+        with accelerator.no_sync(scorer):
+            accelerator.backward(scorer(to_device(batch, device)).sum() * 0.0)
+    except torch.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+        limit = min(total, torch.cuda.get_per_process_memory_fraction(device) * total) if total else 0
+        raise UserError(out_of_memory(n_tokens, resident, int(limit), scorer)) from None
+    for weight in scorer.parameters():
+        weight.grad = None
+
+
+def out_of_memory(n_tokens: int, resident: int, limit: int, scorer: torch.nn.Module) -> str:
+    """What to do, in one line, when `n_tokens` don't fit into `limit` bytes of which `resident` are taken."""
+    parameters = [weight for weight in scorer.parameters() if weight.requires_grad]
+    per_token = 1.7e6 * sum(weight.numel() for weight in parameters) / 494e6  # measured on no GPU yet: DESIGN's figure
+    room = limit - resident - 4 * sum(weight.numel() for weight in parameters)  # the gradients
+    fits = min(int(0.8 * n_tokens), int(room / per_token)) // 256 * 256
+    if fits < 512:
+        return "the GPU's memory is too small for this model: try --gradient_checkpointing, or a larger GPU"
+    return (
+        f"the GPU's memory is too small for --micro_batch_tokens {n_tokens}: {fits} should fit (at least twice "
+        "--max_length is needed), or try --gradient_checkpointing"
+    )
 
 
 def catch_signals(accelerator: Accelerator) -> tuple[Callable[[], bool], Callable[[], None]]:

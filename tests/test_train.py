@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import make_rows, tiny_qwen2, write_jsonl
 from safetensors.torch import load_file
@@ -159,21 +160,92 @@ def test_one_trajectory_without_sharing(plain_run, model_dir, data_file, tmp_pat
 UNSHARED = dpo_train.TreeCollator
 
 
-@pytest.mark.parametrize("n_processes", [2])
-def test_one_trajectory_for_any_number_of_processes(plain_run, model_dir, data_file, tmp_path, n_processes):
-    folder = tmp_path / "run"
-    done = type_command(
+def launch(n_processes, *words):
+    return [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_processes),
-        "--main_process_port", "0", "dpo_train.py", *arguments(model_dir, data_file, folder),
-    )  # fmt: skip
+        "--main_process_port", "0", "dpo_train.py", *words,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "n_processes, changes", [(2, {}), (4, {"train_batch_size": 3, "max_steps": 20, "save_steps": 9})]
+)
+def test_one_trajectory_for_any_number_of_processes(plain_run, model_dir, data_file, tmp_path, n_processes, changes):
+    """Also with steps of fewer pairs, and of fewer prompts, than processes: losses to 1e-4, weights to 1e-3."""
+    folder, (alone, expected) = tmp_path / "run", plain_run
+    if changes:
+        alone = tmp_path / "alone"
+        expected = run(model_dir, data_file, alone, **changes)
+    done = type_command(*launch(n_processes, *arguments(model_dir, data_file, folder, **changes)))
     assert done.returncode == 0, done.stderr
     assert f"{n_processes} process" in done.stdout
-    _, expected = plain_run
     metrics = read_metrics(folder)
     assert losses(metrics) == pytest.approx(losses(expected), abs=1e-4)
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"):
         assert metrics[-1][name] == pytest.approx(expected[-1][name], abs=2e-3)
     assert metrics[-2]["learning_rate"] == pytest.approx(expected[-2]["learning_rate"])
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-3)
+
+
+def test_a_process_that_dies_ends_the_others(model_dir, data_file, tmp_path):
+    words = launch(2, *arguments(model_dir, data_file, tmp_path / "run", num_train_epochs=1000))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_what_is_not_supported_says_so(model_dir, data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(dpo_train.UserError, match="FSDP is not supported, only one process or DDP"):
+        run(model_dir, data_file, tmp_path / "run")
+
+
+def test_too_little_room_is_told_at_the_start(tmp_path, monkeypatch):
+    """494M parameters: 2.0 GB of model, 5.9 GB a checkpoint, three at once with --save_total_limit 2."""
+    said, usage = [], shutil.disk_usage(tmp_path)
+    check = lambda: dpo_train.check_room(tmp_path / "run", 494_000_000, dpo_train.Flags(), said.append)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=7_000_000_000))
+    with pytest.raises(dpo_train.UserError, match="7.0 GB are free, and the run may need 7.9 GB"):
+        check()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=19_000_000_000))
+    check()
+    assert "19.0 GB are free, and the run may need 19.8 GB (--save_total_limit 2)" in said.pop()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000_000))
+    check()
+    assert not said
+
+
+def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
+    """On a CPU here; it has not run on a GPU yet."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    scorer = dpo_train.ResponseScorer(tiny_qwen2(len(tokenizer)))
+    before = copy.deepcopy(scorer.state_dict())
+    dpo_train.rehearse(scorer, accelerator, 300)
+    assert all(weight.grad is None for weight in scorer.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in scorer.state_dict().items())
+
+    def full(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scorer.forward = full
+    with pytest.raises(dpo_train.UserError, match="memory is too small"):
+        dpo_train.rehearse(scorer, accelerator, 8192)
+    text = dpo_train.out_of_memory(8192, 9_000_000, 22_000_000, tiny_scorer_of(31_616))
+    assert "--micro_batch_tokens 8192: 6400 should fit" in text and "\n" not in text
+
+
+def tiny_scorer_of(n_parameters):
+    return torch.nn.ParameterList([torch.zeros(n_parameters)])
 
 
 def test_the_schedule(plain_run, model_dir, data_file, tmp_path):
