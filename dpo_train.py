@@ -206,6 +206,8 @@ def choose_output_dir(flags: Flags) -> Path:
                 "`--resume_from_checkpoint latest`"
             )
         return folder
+    if flags.resume_from_checkpoint not in (None, "latest"):
+        return Path(flags.resume_from_checkpoint).parent
     name = "demo" if flags.demo else "dpo"
     folders = [Path("output") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000)]
     used = [folder for folder in folders if _holds_run(folder)]
@@ -324,6 +326,18 @@ class ResponseScorer(torch.nn.Module):
         return response_logps(
             hidden, head, batch["target_ids"], batch["response_index"], len(batch["response_lengths"]), dtype
         )
+
+
+def check_model(model: PreTrainedModel, tokenizer, flags: Flags) -> None:
+    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
+        raise UserError(f"{model.name_or_path}: its vocabulary is smaller than that of the policy's tokenizer")
+    window = (
+        model.config.sliding_window
+        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        else None
+    )
+    if window and window < flags.max_length:
+        raise UserError(f"--max_length {flags.max_length}: {model.name_or_path} looks back {window} tokens only")
 
 
 def check_scorer(scorer: ResponseScorer, pairs: Pairs, device: torch.device) -> None:
@@ -690,7 +704,7 @@ def train(flags: Flags) -> Path:
     use_cache_if_hub_is_away(flags.model_name_or_path, flags.ref_model_name_or_path, flags.dataset_name)
     tokenizer = load_tokenizer(flags.model_name_or_path)
     end_id = end_of_turn_id(tokenizer)
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         data = prepare(
             load_rows(flags.dataset_name, flags.dataset_split),
             tokenizer,
@@ -712,8 +726,6 @@ def train(flags: Flags) -> Path:
     if flags.ref_model_name_or_path not in (None, flags.model_name_or_path):
         reference = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path")
         reference_hash = weights_hash(reference)
-        if reference.get_output_embeddings().weight.shape[0] < len(tokenizer):
-            raise UserError(f"--ref_model_name_or_path {flags.ref_model_name_or_path}: its vocabulary is another one")
     else:
         reference = copy.deepcopy(policy)
     reference_scorer = ResponseScorer(reference.requires_grad_(False).eval().to(device))
@@ -723,6 +735,8 @@ def train(flags: Flags) -> Path:
         for model in (policy, reference):
             for layer in model.base_model.layers:
                 layer.compile(dynamic=True)
+    for model in (policy, reference):
+        check_model(model, tokenizer, flags)
     check_scorer(reference_scorer, data.train, device)
     if main:
         check_room(output_dir, sum(weight.numel() for weight in policy.parameters()), flags, say)
@@ -747,6 +761,7 @@ def train(flags: Flags) -> Path:
     window = torch.zeros(
         len(METRICS + LENGTHS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
     )
+    warned: set[str] = set()
     pair_losses = torch.zeros(len(data.train), device=device)
     first_broken = torch.full((), -1.0, device=device)  # the step whose gradients are not finite
     checkpoint = choose_checkpoint(flags, output_dir, say)
@@ -805,7 +820,15 @@ def train(flags: Flags) -> Path:
 
     def log(line: dict) -> None:
         if main:
-            append(metrics_file, line)
+            try:
+                append(metrics_file, line)
+            except OSError as error:  # a full disk: training is worth more than its log
+                warn("metrics", f"{metrics_file} can't be written to ({first_line(error)})")
+
+    def warn(name: str, text: str) -> None:
+        if name not in warned:
+            warned.add(name)
+            say(f"warning: {text}")
 
     def log_eval(found: dict) -> None:
         if found:
@@ -847,7 +870,6 @@ def train(flags: Flags) -> Path:
 
     # The loop.
     interrupted, give_signals_back = catch_signals(accelerator)
-    warned: set[str] = set()
     loader = torch.utils.data.DataLoader(
         steps, sampler=range(step, total_steps), batch_size=None,
         num_workers=1 if device.type == "cuda" else 0, pin_memory=device.type == "cuda",
@@ -911,10 +933,8 @@ def train(flags: Flags) -> Path:
             if bar.disable:
                 say(describe_step(line, total_steps))
             for name, text in worries(line, flags, warmup_steps):
-                if name not in warned:
-                    warned.add(name)
-                    bar.clear()
-                    say(f"warning: {text}")
+                bar.clear()
+                warn(name, text)
             window.zero_()
             clock, n_tokens, n_pairs_timed = time.perf_counter(), 0, 0
         bar.update()
@@ -952,11 +972,12 @@ def train(flags: Flags) -> Path:
                 f"the trained model can't be written to {output_dir} ({first_line(error)}); make room, then: "
                 f"{resume_command(output_dir)}"
             ) from None
-        table = write_report(output_dir / "report.md", before, after, flags, step)
+        table = []
         try:
+            table = write_report(output_dir / "report.md", before, after, flags, step)
             plot_runs([read_run(output_dir)], output_dir / "loss.png")
         except (OSError, PlotError) as error:  # no reason to lose a run's last lines
-            say(f"warning: no picture ({first_line(error)})")
+            say(f"warning: no report or no picture ({first_line(error)})")
         print("\n".join(["", *table, *describe_answers(before, after)]))
         print(f"\nmodel {output_dir}\nreport {output_dir / 'report.md'}\npicture {output_dir / 'loss.png'}")
     accelerator.end_training()
@@ -1202,6 +1223,13 @@ def main(argv: list[str] | None = None) -> int:
         elif not isinstance(error, Stopped):
             print(f"dpo_train.py (process {rank}): {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"dpo_train.py: {first_line(error)} Lower --micro_batch_tokens, then go on from the last checkpoint with "
+              "`--resume_from_checkpoint latest`", file=sys.stderr)  # fmt: skip
+        return 1
+    except KeyboardInterrupt:
+        print("dpo_train.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

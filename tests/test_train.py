@@ -18,7 +18,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import make_rows, tiny_qwen2, write_jsonl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_scheduler,
+)  # fmt: skip
 
 import dpo_train
 from dataset import Encoder, epoch_order, load_rows, prepare, read_triple
@@ -531,3 +538,42 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing(model_dir, data_file,
     assert "no checkpoint at step 4 ([Errno 28] No space left on device); the last one:" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*"))
     assert names == ["checkpoint-2", "checkpoint-5"]
+
+
+def test_a_vocabulary_or_a_window_that_is_too_small_is_refused(model_dir, data_file, tmp_path, tokenizer):
+    tiny_qwen2(len(tokenizer) - 1).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(dpo_train.UserError, match="its vocabulary is smaller"):
+        run(tmp_path / "small", data_file, tmp_path / "run")
+    config = Qwen2Config.from_pretrained(model_dir, use_sliding_window=True, sliding_window=64)
+    config.layer_types = ["sliding_attention"] * 2
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "window")
+    tokenizer.save_pretrained(tmp_path / "window")
+    with pytest.raises(dpo_train.UserError, match="--max_length 128: .*window looks back 64 tokens only"):
+        run(tmp_path / "window", data_file, tmp_path / "run")
+
+
+def test_pickled_weights_and_foreign_code_are_refused(model_dir, data_file, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "pickled")
+    weights = load_file(tmp_path / "pickled" / "model.safetensors")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(dpo_train.UserError, match="expected a model's folder with config.json, model.safetensors"):
+        run(tmp_path / "pickled", data_file, tmp_path / "run")
+    shutil.copytree(model_dir, tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "foreign" / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n"
+    )
+    with pytest.raises(dpo_train.UserError):
+        run(tmp_path / "foreign", data_file, tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_path_of_this_machine_in_what_a_run_writes(model_dir, data_file, tmp_path):
+    run(model_dir, data_file, tmp_path / "run", save_steps=2, max_steps=2)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".md", ".jinja"):
+            assert str(tmp_path.parent) not in path.read_text(), path
