@@ -8,6 +8,7 @@
 Read it from `train` on: one run from top to bottom. `dataset.py` makes the micro-batches, `loss.py` has the formulas.
 """
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -105,10 +106,20 @@ class Flags:
     save_steps: int = flag(1000, "write a checkpoint every this many steps; 0: none")
     save_total_limit: int = flag(2, "checkpoints to keep")
     resume_from_checkpoint: str | None = flag(None, "`latest` (of --output_dir) or a checkpoint's folder")
+    report_to: str = flag("none", "also log to tensorboard, wandb, swanlab, mlflow ...: whatever accelerate knows")
+    push_to_hub: bool = flag(False, "upload the trained model at the end (log in before: `hf auth login`)")
+    hub_model_id: str | None = flag(None, "its name on the hub (default: the output folder's)")
+    eval_only: bool = flag(False, "train nothing: compare --model_name_or_path with --ref_model_name_or_path")
     max_new_tokens: int = flag(128, "length of the answers shown before and after; 0: no answers")
     seed: int = flag(42, "of the order of the pairs")
     demo: bool = flag(False, "train the small sample model on the sample pairs: no network, two minutes on a CPU")
 
+
+GROUPS = {  # in --help: a group begins with the flag named here
+    "model_name_or_path": "models", "dataset_name": "data", "output_dir": "output", "beta": "loss",
+    "max_length": "sizes", "learning_rate": "optimizer", "mixed_precision": "computing",
+    "logging_steps": "logs and checkpoints", "max_new_tokens": "other",
+}  # fmt: skip
 
 DEMO = {
     "model_name_or_path": str(SAMPLE / "model"),
@@ -143,8 +154,17 @@ SINKING = 0.1  # nats a token by which the chosen responses may become less like
 
 
 class OneLineParser(HfArgumentParser):
-    def add_argument(self, *names, **kwargs):  # without the second spelling, --train-batch-size
-        return super().add_argument(names[0], **kwargs)
+    def add_argument(self, *names, **kwargs):
+        name = names[0].removeprefix("--")
+        if name not in Flags.__dataclass_fields__:
+            return super().add_argument(*names, **kwargs)
+        if name in GROUPS:
+            self.group = self.add_argument_group(GROUPS[name])
+        if "choices" not in kwargs:
+            kwargs["metavar"] = {int: "N", float: "X", str: "NAME"}.get(kwargs["type"], "true|false")
+        if kwargs["default"] not in (None, False):
+            kwargs["help"] += f" (default: {kwargs['default']})"
+        return self.group.add_argument(names[0], **kwargs)  # without the second spelling, --train-batch-size
 
     def error(self, message):  # argparse prints forty lines of usage first
         raise UserError(f"{message} (--help lists the flags)")
@@ -156,7 +176,10 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
     Raises:
         UserError: for values that can't be meant, before anything is loaded.
     """
-    parser = OneLineParser(Flags, prog="dpo_train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(
+        Flags, prog="dpo_train.py", usage="dpo_train.py [--flag value ...]", description=__doc__.splitlines()[0],
+        allow_abbrev=False, formatter_class=argparse.HelpFormatter,
+    )  # fmt: skip
     argv = sys.argv[1:] if argv is None else argv
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
@@ -179,8 +202,17 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
             flags.micro_batch_tokens is None or flags.micro_batch_tokens >= 2 * flags.max_length,
             f"must be at least {2 * flags.max_length}, twice --max_length: a pair's two responses stay together",
         ),
+        (
+            "eval_only",
+            not flags.eval_only or flags.ref_model_name_or_path is not None and flags.max_eval_samples > 0,
+            "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0",
+        ),
         ("warmup_steps", flags.max_steps < 0 or flags.warmup_steps < flags.max_steps, "must be below --max_steps"),
     ]
+    if flags.report_to != "none":
+        there = [str(tracker) for tracker in accelerate.tracking.get_available_trackers()]
+        rule = f"not installed: `pip install {flags.report_to}` (there is: {', '.join(there) or 'none'})"
+        rules.append(("report_to", flags.report_to in there, rule))
     for name, holds, rule in rules:
         if not holds:
             raise UserError(f"--{name} {getattr(flags, name)}: {rule}")
@@ -208,7 +240,7 @@ def choose_output_dir(flags: Flags) -> Path:
         return folder
     if flags.resume_from_checkpoint not in (None, "latest"):
         return Path(flags.resume_from_checkpoint).parent
-    name = "demo" if flags.demo else "dpo"
+    name = "eval" if flags.eval_only else "demo" if flags.demo else "dpo"
     folders = [Path("output") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000)]
     used = [folder for folder in folders if _holds_run(folder)]
     if flags.resume_from_checkpoint is not None:
@@ -241,9 +273,8 @@ def check_room(folder: Path, n_parameters: int, flags: Flags, say: Callable[[str
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("metrics.jsonl", "model.safetensors")) or any(
-        folder.glob("checkpoint-*")
-    )
+    names = ("metrics.jsonl", "model.safetensors", "report.md")
+    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,10 +552,10 @@ def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int
         old, new = before["metrics"], after["metrics"]
         held_out = [f"| held out, {before['n_pairs']} pairs | before | after |", "|---|---:|---:|"]
         held_out += [f"| {name} | {old[key]:{form}} | {new[key]:{form}} |" for name, key, form in rows]
-    names = (
-        Path(name).name if Path(name).is_absolute() else name for name in (flags.model_name_or_path, flags.dataset_name)
-    )
-    lines = ["# Before and after", "", f"{' on '.join(names)}, {steps} steps.", ""]  # no paths of somebody's machine
+    names = [short_name(name) for name in (flags.model_name_or_path, flags.dataset_name)]
+    if flags.eval_only:
+        names[0] = f"{short_name(flags.ref_model_name_or_path)} (before) and {names[0]} (after)"
+    lines = ["# Before and after", "", " on ".join(names) + (f", {steps} steps." if steps else "."), ""]
     lines += held_out or ["No pairs were held out (`--max_eval_samples 0`): nothing to compare."]
     if len(before.get("domains", {})) > 1:
         columns = [row for row in rows if "log-probability of" not in row[0]]
@@ -552,6 +583,40 @@ def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int
                 lines += ["", f"**{name}**", "", fence + "text", text, fence]
     _write_whole(path, "\n".join(lines) + "\n")
     return held_out
+
+
+def model_card(figures: list[str], flags: Flags, data: PreparedData, steps: int) -> str:
+    """The trained model's README.md, as the hub shows it."""
+    base, source = short_name(flags.model_name_or_path), short_name(flags.dataset_name)
+    on_hub = [f"{key}: {name}" for key, name, given in (("base_model", base, flags.model_name_or_path),
+              ("datasets", f"[{source}]", flags.dataset_name)) if not Path(given).expanduser().exists()]  # fmt: skip
+    settings = {name: getattr(flags, name) for name in (*IDENTITY, "max_length")}
+    return "\n".join(
+        [
+            "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [dpo]", *on_hub, "---", "",
+            f"# {base}, trained with DPO on {source}", "",
+            f"{steps} steps over {len(data.train):,} preference pairs with Direct Preference Optimization "
+            "([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)).", "", *figures, "",
+            "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items()), "",
+            "```python", "from transformers import pipeline", "",
+            'chat = pipeline("text-generation", "path/of/this/folder")',
+            'chat([{"role": "user", "content": "你好"}], max_new_tokens=128)', "```", "",
+            "The weights are float32. The model stops at its end-of-turn token, named in generation_config.json.", "",
+        ]
+    )  # fmt: skip
+
+
+def short_name(name: str) -> str:
+    """A hub name as it is, a path without its folders: they are nobody's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
+def push(folder: Path, name: str) -> str:
+    api = huggingface_hub.HfApi()
+    name = api.create_repo(name, exist_ok=True).repo_id
+    api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*", ".*"])
+    return f"{huggingface_hub.constants.ENDPOINT}/{name}"
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -682,8 +747,15 @@ def train(flags: Flags) -> Path:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(f"{name} is not supported, only one process or DDP: `accelerate launch --multi_gpu`")
+    if flags.push_to_hub:
+        try:
+            huggingface_hub.whoami()
+        except Exception as error:
+            raise UserError(f"--push_to_hub: not logged in ({first_line(error)}): run `hf auth login` first") from None
     try:
         accelerator = Accelerator(
+            log_with=None if flags.report_to == "none" else flags.report_to,
+            project_dir=".",  # for trackers that write files; it becomes the output folder below
             mixed_precision=flags.mixed_precision,
             # Without this, accelerate lets several processes on CPUs run side by side and know nothing of each other.
             cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available(),
@@ -698,6 +770,10 @@ def train(flags: Flags) -> Path:
     # About 1.7 MB of activations a token of Qwen2.5-0.5B: 14 GB on a GPU; a CPU gains nothing from large micro-batches.
     micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if device.type == "cuda" else 2048)
     check_writable(output_dir)
+    if flags.report_to != "none":
+        accelerator.project_configuration.set_directories(str(output_dir))
+        settings = {name: getattr(flags, name) for name in (*IDENTITY, "max_length")}
+        accelerator.init_trackers(output_dir.name, config=settings)
     metrics_file = output_dir / "metrics.jsonl"
 
     # Data: rows to token ids, split by prompt.
@@ -797,8 +873,8 @@ def train(flags: Flags) -> Path:
                 say(f"warning: no checkpoint at step {step} ({first_line(error)}); the last one: {last}")
         accelerator.wait_for_everyone()
 
-    def look() -> dict:
-        """Held-out figures, and answers, of the policy as it is now."""
+    def look(scorer: torch.nn.Module = scorer, answers: bool = False) -> dict:
+        """Held-out figures of the policy as it is now, and its answers if asked for."""
         if not len(data.held_out):
             return {}
         scorer.eval()
@@ -806,17 +882,12 @@ def train(flags: Flags) -> Path:
         names = np.array(data.held_out.domains)
         found = {"n_pairs": len(table), "metrics": means(table)}
         found["domains"] = {name: means(table[names == name]) for name in sorted(set(data.held_out.domains))}
+        if answers and main and flags.max_new_tokens:
+            model, indices = accelerator.unwrap_model(scorer).model, pick_prompts(data.held_out)
+            with accelerator.autocast():
+                found["answers"] = answer(model, tokenizer, data.held_out, indices, end_id, flags.max_new_tokens)
         scorer.train()
         return found
-
-    def look_at_answers() -> list[dict]:
-        if not main or not flags.max_new_tokens or not len(data.held_out):
-            return []
-        model, indices = accelerator.unwrap_model(scorer).model.eval(), pick_prompts(data.held_out)
-        with accelerator.autocast():
-            answers = answer(model, tokenizer, data.held_out, indices, end_id, flags.max_new_tokens)
-        model.train()
-        return answers
 
     def log(line: dict) -> None:
         if main:
@@ -824,6 +895,7 @@ def train(flags: Flags) -> Path:
                 append(metrics_file, line)
             except OSError as error:  # a full disk: training is worth more than its log
                 warn("metrics", f"{metrics_file} can't be written to ({first_line(error)})")
+            accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
     def warn(name: str, text: str) -> None:
         if name not in warned:
@@ -853,11 +925,17 @@ def train(flags: Flags) -> Path:
     if main:
         output_dir.mkdir(parents=True, exist_ok=True)
         print("\n".join(header(flags, accelerator, policy, data, tokenizer, steps, total_steps, output_dir)))
+    if flags.eval_only:
+        before, after = look(reference_scorer, answers=True), look(answers=True)
+        if main:
+            table = write_report(output_dir / "report.md", before, after, flags, 0)
+            print("\n".join(["", *table, *describe_answers(before, after), "", f"report {output_dir / 'report.md'}"]))
+        accelerator.end_training()
+        return output_dir
     if step == 0:
-        before = look()
+        before = look(answers=True)
         log_eval(before)
         if before:
-            before["answers"] = look_at_answers()
             say(describe_eval(0, before["metrics"]))
 
     if flags.precompute_ref_log_probs:
@@ -960,10 +1038,8 @@ def train(flags: Flags) -> Path:
     give_signals_back()
 
     # The end: figures, the model, the report, the picture.
-    after = look()
+    after = look(answers=True)
     log_eval(after)
-    if after:
-        after["answers"] = look_at_answers()
     if main:
         try:
             save_model(accelerator.unwrap_model(scorer).model, tokenizer, output_dir, end_id)
@@ -975,11 +1051,19 @@ def train(flags: Flags) -> Path:
         table = []
         try:
             table = write_report(output_dir / "report.md", before, after, flags, step)
+            _write_whole(output_dir / "README.md", model_card(table, flags, data, step))
             plot_runs([read_run(output_dir)], output_dir / "loss.png")
         except (OSError, PlotError) as error:  # no reason to lose a run's last lines
             say(f"warning: no report or no picture ({first_line(error)})")
         print("\n".join(["", *table, *describe_answers(before, after)]))
         print(f"\nmodel {output_dir}\nreport {output_dir / 'report.md'}\npicture {output_dir / 'loss.png'}")
+        if flags.push_to_hub:
+            try:
+                print(f"uploaded {push(output_dir, flags.hub_model_id or output_dir.name)}")
+            except Exception as error:
+                raise UserError(
+                    f"--push_to_hub: not uploaded ({first_line(error)}); the model is in {output_dir}"
+                ) from None
     accelerator.end_training()
     return output_dir
 

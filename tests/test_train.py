@@ -11,11 +11,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
 from conftest import make_rows, tiny_qwen2, write_jsonl
 from safetensors.torch import load_file
 from transformers import (
@@ -54,7 +57,8 @@ def run(model_dir, data_file, output_dir, **changes):
 
 
 def read_metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses(metrics):
@@ -505,19 +509,19 @@ def test_sinking_chosen_log_probabilities_are_told(plain_run, model_dir, data_fi
 
 def test_sigterm_finishes_the_step_and_tells_how_to_go_on(model_dir, data_file, tmp_path):
     """Stopped in the middle and resumed with the printed command: the same end as without the stop."""
-    settings = {"num_train_epochs": 30, "save_steps": 1000}
+    settings = {"num_train_epochs": 8, "save_steps": 1000}
     run(model_dir, data_file, tmp_path / "whole", **settings)
     folder = tmp_path / "stopped"
     words = [sys.executable, "dpo_train.py", *arguments(model_dir, data_file, folder, **settings)]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step 20/"):
+        if line.startswith("step 9/"):
             process.send_signal(signal.SIGTERM)
             break
     _, error = process.communicate(timeout=100)
     assert process.returncode == 1
     stopped = re.search(r"stopped after step (\d+); go on with: python (dpo_train.py .*)\n", error)
-    assert 20 <= int(stopped.group(1)) < 210
+    assert 9 <= int(stopped.group(1)) < 56
     assert (folder / f"checkpoint-{stopped.group(1)}" / "state.json").exists()
     done = type_command(sys.executable, *shlex.split(stopped.group(2)))
     assert done.returncode == 0, done.stderr
@@ -577,3 +581,77 @@ def test_no_path_of_this_machine_in_what_a_run_writes(model_dir, data_file, tmp_
     for path in (tmp_path / "run").rglob("*"):
         if path.suffix in (".json", ".jsonl", ".md", ".jinja"):
             assert str(tmp_path.parent) not in path.read_text(), path
+
+
+def test_eval_only_compares_two_models(plain_run, model_dir, data_file, tmp_path):
+    """The figures of a run's end, from its model and its start alone."""
+    folder, metrics = plain_run
+    run(folder, data_file, tmp_path / "eval", ref_model_name_or_path=model_dir, eval_only=True, max_new_tokens=4)
+    report = (tmp_path / "eval" / "report.md").read_text()
+    assert f"| loss (nats) | 0.6931 | {metrics[-1]['eval_loss']:.4f} |" in report
+    assert f"{model_dir.name} (before) and {folder.name} (after)" in report and "**Before**" in report
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["report.md"]
+    with pytest.raises(dpo_train.UserError, match="--eval_only True: needs --ref_model_name_or_path"):
+        dpo_train.parse_flags(["--eval_only"])
+
+
+def test_a_tracker_gets_the_lines_of_metrics(model_dir, data_file, tmp_path, monkeypatch):
+    got = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only, tracker = "mine", True, True, None
+
+        def __init__(self, run_name, logging_dir=None, **kwargs):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            got.append(values)
+
+        def log(self, values, step=None, **kwargs):
+            got.append({"step": step} | values)
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "mine", Tracker)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["mine"])
+    metrics = run(model_dir, data_file, tmp_path / "run", max_steps=3, report_to="mine")
+    assert got[0]["beta"] == 0.1 and got[1:] == metrics
+    with pytest.raises(
+        dpo_train.UserError, match="--report_to wandb: not installed: `pip install wandb` .there is: mine"
+    ):
+        dpo_train.parse_flags(["--report_to", "wandb"])
+
+
+def test_the_card_and_the_upload(model_dir, data_file, tmp_path, monkeypatch, capsys):
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            return SimpleNamespace(repo_id=f"somebody/{name}")
+
+        def upload_folder(self, **kwargs):
+            uploaded.update(kwargs)
+
+    monkeypatch.setattr(dpo_train.huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(dpo_train.huggingface_hub, "whoami", lambda: {})
+    run(model_dir, data_file, tmp_path / "run", max_steps=2, push_to_hub=True)
+    assert uploaded["repo_id"] == "somebody/run" and "checkpoint-*" in uploaded["ignore_patterns"]
+    assert "somebody/run" in capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        card.startswith("---\nlibrary_name: transformers\n") and "| beta | 0.1 |" in card and "| loss (nats) |" in card
+    )
+
+    def nobody():
+        raise OSError("Token is required")
+
+    monkeypatch.setattr(dpo_train.huggingface_hub, "whoami", nobody)
+    with pytest.raises(dpo_train.UserError, match="--push_to_hub.*Token is required.*hf auth login"):
+        run(model_dir, data_file, tmp_path / "again", max_steps=2, push_to_hub=True)
+
+
+def test_help_names_every_flag_once_in_a_group(capsys):
+    with pytest.raises(SystemExit):
+        dpo_train.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    for name in dpo_train.Flags.__dataclass_fields__:
+        assert text.count(f"\n  --{name} ") == 1, name
+    assert all(f"\n{group}:\n" in text for group in dpo_train.GROUPS.values())
