@@ -454,6 +454,7 @@ def prepare(
     max_length: int = 1024,
     max_train_samples: int | None = None,
     max_eval_samples: int = 512,
+    domains: Sequence[str] | None = None,
     num_proc: int | None = None,
 ) -> PreparedData:
     """Tokenize a data set and split it by prompt.
@@ -464,7 +465,7 @@ def prepare(
     sides.
 
     Raises:
-        UserError: for unknown columns, or if no row is left.
+        UserError: for unknown columns or domains, or if no row is left.
     """
     columns = _columns(rows)
     if not {"chosen", "rejected"} <= columns:
@@ -488,6 +489,12 @@ def prepare(
     keys = np.asarray(scanned.with_format("numpy")["key"], dtype=np.int64)
     causes = {int(i): cause for i, cause in enumerate(scanned["cause"]) if cause}
     good = np.setdiff1d(np.arange(len(rows)), np.fromiter(causes, dtype=np.int64))
+    if domains is not None:
+        there = np.asarray(list(scanned["domain"]), dtype=object)
+        if unknown := set(domains) - set(there):
+            listed = ", ".join(sorted(set(there)))
+            raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {listed}")
+        good = good[np.isin(there[good], list(domains))]
     good = good[np.argsort(keys[good], kind="stable")]  # by prompt, in the order of their hashes; then as in the source
 
     n_held_out = min(max_eval_samples, len(good) // 10)
@@ -515,12 +522,12 @@ def prepare(
         dropped[causes[row]] = (count + 1, first)
 
     kept = np.array([i for i, cause in enumerate(cut_causes) if not cause], dtype=np.int64)
-    domains = list(tokens["domain"])
+    domain_of = list(tokens["domain"])
 
     def subset(indices: np.ndarray) -> Pairs:
         ids = tokens.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).select(indices)
         numbers = selected[indices]
-        return Pairs(ids.with_format("numpy"), keys[numbers], numbers, [domains[int(i)] for i in indices])
+        return Pairs(ids.with_format("numpy"), keys[numbers], numbers, [domain_of[int(i)] for i in indices])
 
     train, held_out = subset(kept[kept >= n_held_out]), subset(kept[kept < n_held_out])
     if not len(train):
@@ -572,14 +579,19 @@ def _triples(batch: dict[str, list]) -> list[Triple | Unusable]:
 
 
 def _scan_rows(batch: dict[str, list]) -> dict[str, list]:
-    """Of each row: a hash of its prompt, and why it can't be used, if so."""
+    """Of each row: a hash of its prompt, its domain, and why it can't be used, if so."""
     keys, causes = [], []
-    for triple in _triples(batch):
+    triples = _triples(batch)
+    for triple in triples:
         usable = not isinstance(triple, Unusable)
         text = json.dumps(triple.prompt) if usable else ""
         keys.append(_hash64(text.encode()))
         causes.append("" if usable else str(triple))
-    return {"key": keys, "cause": causes}
+    return {"key": keys, "cause": causes, "domain": _domains(triples)}
+
+
+def _domains(triples: list[Triple | Unusable]) -> list[str]:
+    return ["" if isinstance(triple, Unusable) else triple.domain for triple in triples]
 
 
 def _hash64(data: bytes) -> int:
@@ -597,7 +609,7 @@ def _encode_rows(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
         for row in zip(columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True)
     ]
     columns["cause"] = [str(row) if isinstance(row, Unusable) else "" for row in encoded]
-    columns["domain"] = ["" if isinstance(triple, Unusable) else triple.domain for triple in triples]
+    columns["domain"] = _domains(triples)
     return columns
 
 

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -75,6 +76,7 @@ class Flags:
     ref_model_name_or_path: str | None = flag(None, "the frozen reference (default: the policy's start)")
     dataset_name: str = flag("m-a-p/COIG-P", "hub name, local folder (git clone), or .parquet, .json, .jsonl file")
     dataset_split: str = flag("train", "split of a hub data set or folder")
+    domains: str | None = flag(None, "only these values of the column `domain`, e.g. chat,math (default: all)")
     output_dir: str | None = flag(
         None, "where everything is written (default: output/dpo, or the next free output/dpo-N)"
     )
@@ -226,6 +228,22 @@ def use_cache_if_hub_is_away(*names: str | None) -> None:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         except Exception:  # of whichever HTTP library the hub's client uses
             huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def announce_downloads(flags: Flags, say: Callable[[str], None]) -> None:
+    """What will come from the hub, and how much it is, before it comes."""
+    names = {
+        (flags.model_name_or_path, "model"),
+        (flags.ref_model_name_or_path, "model"),
+        (flags.dataset_name, "dataset"),
+    }
+    for name, kind in sorted((name, kind) for name, kind in names if name and not Path(name).expanduser().exists()):
+        cached = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+        if cached.exists() or huggingface_hub.constants.HF_HUB_OFFLINE:
+            continue
+        with contextlib.suppress(Exception):  # a mirror may not know sizes, and loading will tell what is wrong
+            files = huggingface_hub.HfApi().repo_info(name, repo_type=kind, files_metadata=True).siblings
+            say(f"downloading {name}: {sum(file.size or 0 for file in files) / 1e9:.1f} GB")
 
 
 def choose_output_dir(flags: Flags) -> Path:
@@ -471,7 +489,8 @@ def evaluate(
 ) -> np.ndarray:  # fmt: skip
     """METRICS of each pair, [n, K] in float64: the same for any number of processes and any cut into micro-batches."""
     policy = torch.zeros(len(pairs), 2, device=accelerator.device)
-    for start in range(0, len(pairs), 256):
+    main = accelerator.is_main_process and sys.stderr.isatty()
+    for start in tqdm(range(0, len(pairs), 256), desc="Evaluating", leave=False, disable=not main):
         batches = collate(pairs.read(range(start, min(start + 256, len(pairs)))), accelerator.num_processes)
         for batch in batches[accelerator.process_index :: accelerator.num_processes]:
             index, filler = batch["pair_index"].numpy(), not batch["pair_weight"].any()
@@ -529,6 +548,7 @@ def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, indices: list[int], 
                 "prompt": tokenizer.decode(prompt[0], skip_special_tokens=True).strip(),
                 "answer": tokenizer.decode(ids, skip_special_tokens=True),
                 "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
+                "n_tokens": len(ids),
                 "stopped": end_id in ids,
                 "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
             }
@@ -552,10 +572,16 @@ def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int
         old, new = before["metrics"], after["metrics"]
         held_out = [f"| held out, {before['n_pairs']} pairs | before | after |", "|---|---:|---:|"]
         held_out += [f"| {name} | {old[key]:{form}} | {new[key]:{form}} |" for name, key, form in rows]
+        for side in ("chosen", "rejected"):
+            values = (metrics[f"logps/{side}"] / metrics[f"lengths/{side}"] for metrics in (old, new))
+            held_out.append(f"| the same a token, {side} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     names = [short_name(name) for name in (flags.model_name_or_path, flags.dataset_name)]
     if flags.eval_only:
         names[0] = f"{short_name(flags.ref_model_name_or_path)} (before) and {names[0]} (after)"
     lines = ["# Before and after", "", " on ".join(names) + (f", {steps} steps." if steps else "."), ""]
+    if before:
+        lengths = " and ".join(f"{old[f'lengths/{side}']:.0f} tokens ({side})" for side in ("chosen", "rejected"))
+        lines += [f"The held-out responses have {lengths} on average, the end-of-turn included.", ""]
     lines += held_out or ["No pairs were held out (`--max_eval_samples 0`): nothing to compare."]
     if len(before.get("domains", {})) > 1:
         columns = [row for row in rows if "log-probability of" not in row[0]]
@@ -567,9 +593,12 @@ def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int
     if before.get("answers"):
         lines += ["", f"## Answers to held-out prompts (greedy, at most {flags.max_new_tokens} tokens)", ""]
         lines += ["| | before | after |", "|---|---:|---:|"]
-        for name, key in (("ended its turn", "stopped"), ("repeated 4-grams", "repetition")):
-            shares = (np.mean([float(one[key]) for one in side["answers"]]) for side in (before, after))
-            lines.append(f"| {name} | " + " | ".join(f"{share:.0%}" for share in shares) + " |")
+        for name, key, form in (
+            ("tokens", "n_tokens", ".0f"), ("ended by themselves", "stopped", ".0%"),
+            ("repeated 4-grams", "repetition", ".0%"),
+        ):  # fmt: skip
+            averages = (np.mean([float(one[key]) for one in side["answers"]]) for side in (before, after))
+            lines.append(f"| {name} | " + " | ".join(f"{average:{form}}" for average in averages) + " |")
         for old, new in zip(before["answers"], after["answers"], strict=True):
             for name, text in (
                 (f"Prompt ({old['domain']})" if old["domain"] else "Prompt", old["prompt"]),
@@ -778,6 +807,8 @@ def train(flags: Flags) -> Path:
 
     # Data: rows to token ids, split by prompt.
     use_cache_if_hub_is_away(flags.model_name_or_path, flags.ref_model_name_or_path, flags.dataset_name)
+    if main:
+        announce_downloads(flags, say)
     tokenizer = load_tokenizer(flags.model_name_or_path)
     end_id = end_of_turn_id(tokenizer)
     with accelerator.local_main_process_first():
@@ -787,6 +818,7 @@ def train(flags: Flags) -> Path:
             flags.max_length,
             flags.max_train_samples,
             flags.max_eval_samples,
+            flags.domains.split(",") if flags.domains else None,
         )
     collate = TreeCollator(micro_batch_tokens)
     steps = StepBatches(data.train, collate, flags, accelerator)
@@ -851,6 +883,12 @@ def train(flags: Flags) -> Path:
             cut_metrics(metrics_file, step)
             append(metrics_file, {"step": step, "event": "resumed", "checkpoint": checkpoint.name})
 
+    held_out_lengths = [
+        float(np.mean([len(pair[side]) for pair in data.held_out.read(range(len(data.held_out)))]))
+        for side in ("chosen_ids", "rejected_ids")
+        if len(data.held_out)
+    ]
+
     def write_checkpoint() -> None:
         train_reference.share()
         sums = accelerator.reduce(window, "sum")
@@ -880,7 +918,7 @@ def train(flags: Flags) -> Path:
         scorer.eval()
         table = evaluate(scorer, eval_reference, data.held_out, collate, accelerator, flags)
         names = np.array(data.held_out.domains)
-        found = {"n_pairs": len(table), "metrics": means(table)}
+        found = {"n_pairs": len(table), "metrics": means(table) | dict(zip(LENGTHS, held_out_lengths, strict=True))}
         found["domains"] = {name: means(table[names == name]) for name in sorted(set(data.held_out.domains))}
         if answers and main and flags.max_new_tokens:
             model, indices = accelerator.unwrap_model(scorer).model, pick_prompts(data.held_out)
@@ -1247,25 +1285,30 @@ def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, tot
             words = [*words[:8], f"... {len(words) - 12} more ...", *words[-4:]]
         return "|".join(words)
 
-    changed = {
-        name: value for name, value in asdict(flags).items() if value != Flags.__dataclass_fields__[name].default
-    }
+    fields = Flags.__dataclass_fields__
+    changed = [f"--{name} {value}" for name, value in asdict(flags).items() if value != fields[name].default]
     prompt_text = repr(tokenizer.decode(pair["prompt_ids"]))[1:-1]
+    n_micro = steps.collate.micro_batch_tokens
+    lines = [
+        ("model", f"{short_name(flags.model_name_or_path)}, {n:,} parameters, float32 weights, "
+                  f"{flags.mixed_precision} autocast"),
+        ("reference", f"{flags.ref_model_name_or_path or 'the same'}, frozen"),
+        ("data", flags.dataset_name),
+        *(("", line) for line in data.summary()),
+        ("sharing", f"{shared / unshared:.0%} of the tokens that separate rows would need"),
+        ("steps", f"{total_steps:,} of {flags.train_batch_size} pairs, micro-batches of up to {n_micro:,} tokens, "
+                  f"{accelerator.num_processes} process(es)"),
+        ("device", f"{place}; {versions}"),
+        ("flags", " ".join(changed) or "all defaults"),
+        ("output", str(output_dir)),
+        ("prompt", f"{'...' if len(prompt_text) > 140 else ''}{prompt_text[-140:]}"),
+        ("chosen", f"|{marked(pair['chosen_ids'])}|  (targets between |)"),
+        ("rejected", f"|{marked(pair['rejected_ids'])}|"),
+    ]  # fmt: skip
+    width = max(60, min(120, shutil.get_terminal_size().columns))
     return [
-        f"model     {flags.model_name_or_path}, {n:,} parameters, float32 weights, {flags.mixed_precision} autocast",
-        f"reference {flags.ref_model_name_or_path or 'the same'}, frozen",
-        f"data      {flags.dataset_name}",
-        *(f"          {line}" for line in data.summary()),
-        f"sharing   {shared / unshared:.0%} of the tokens that separate rows would need",
-        f"steps     {total_steps:,} of {flags.train_batch_size} pairs, micro-batches of up to "
-        f"{steps.collate.micro_batch_tokens:,} tokens, {accelerator.num_processes} process(es)",
-        f"device    {place}; {versions}",
-        f"flags     {changed or 'all defaults'}",
-        f"output    {output_dir}",
-        "first pair (targets between |):",
-        f"  prompt   {'...' if len(prompt_text) > 160 else ''}{prompt_text[-160:]}",
-        f"  chosen   |{marked(pair['chosen_ids'])}|",
-        f"  rejected |{marked(pair['rejected_ids'])}|",
+        textwrap.fill(text, width, initial_indent=f"{name:10}", subsequent_indent=" " * 10, break_on_hyphens=False)
+        for name, text in lines
     ]
 
 

@@ -300,3 +300,13 @@ def test_epoch_order():
     assert changes == len(set(keys))  # a prompt's pairs stay together
     assert order.tolist() == epoch_order(keys, 0, 0).tolist()
     assert order.tolist() != epoch_order(keys, 0, 1).tolist() != epoch_order(keys, 1, 0).tolist()
+
+
+def test_domains(tmp_path, tokenizer):
+    path = str(write_jsonl(tmp_path / "a.jsonl", make_rows()))
+    data = prepare(load_rows(path), tokenizer, domains=["math"])
+    n_math = sum(row["domain"] == "math" for row in make_rows())
+    assert set(data.train.domains + data.held_out.domains) == {"math"}
+    assert len(data.train) + len(data.held_out) >= n_math - 3  # a held-out prompt's further pairs are left out
+    with pytest.raises(UserError, match="--domains: no row has cooking; there is chat, math"):
+        prepare(load_rows(path), tokenizer, domains=["cooking"])
