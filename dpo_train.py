@@ -186,6 +186,15 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     (flags,) = parser.parse_dict(vars(parser.parse_args(argv)))
+    for name in (
+        "model_name_or_path",
+        "ref_model_name_or_path",
+        "dataset_name",
+        "output_dir",
+        "resume_from_checkpoint",
+    ):
+        if getattr(flags, name) is not None:
+            setattr(flags, name, os.path.expanduser(getattr(flags, name)))
     positive = ("beta", "train_batch_size", "num_train_epochs", "logging_steps", "save_total_limit")
     not_negative = (
         "learning_rate", "weight_decay", "max_grad_norm", "max_eval_samples", "eval_steps", "save_steps",
@@ -223,7 +232,7 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
 
 def use_cache_if_hub_is_away(*names: str | None) -> None:
     """If a name must come from the hub, which can't be reached, look in the cache only: at once, not after minutes."""
-    if any(name and not Path(name).expanduser().exists() for name in names):
+    if any(name and not Path(name).exists() for name in names):
         try:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         except Exception:  # of whichever HTTP library the hub's client uses
@@ -237,7 +246,7 @@ def announce_downloads(flags: Flags, say: Callable[[str], None]) -> None:
         (flags.ref_model_name_or_path, "model"),
         (flags.dataset_name, "dataset"),
     }
-    for name, kind in sorted((name, kind) for name, kind in names if name and not Path(name).expanduser().exists()):
+    for name, kind in sorted((name, kind) for name, kind in names if name and not Path(name).exists()):
         cached = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
         if cached.exists() or huggingface_hub.constants.HF_HUB_OFFLINE:
             continue
@@ -249,7 +258,7 @@ def announce_downloads(flags: Flags, say: Callable[[str], None]) -> None:
 def choose_output_dir(flags: Flags) -> Path:
     """The folder of this run. A folder that holds another run is never written to."""
     if flags.output_dir is not None:
-        folder = Path(flags.output_dir).expanduser()
+        folder = Path(flags.output_dir)
         if _holds_run(folder) and flags.resume_from_checkpoint is None:
             raise UserError(
                 f"--output_dir {folder} holds another run: give another folder, or go on with "
@@ -329,7 +338,7 @@ def _explained(flag_name: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # dozens of types, from the hub, from config files, from weights
         reason = first_line(error)
-        if Path(name).expanduser().exists():
+        if Path(name).exists():
             remedy = "expected a model's folder with config.json, model.safetensors and the tokenizer's files"
         else:
             if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -375,6 +384,11 @@ class ResponseScorer(torch.nn.Module):
         return response_logps(
             hidden, head, batch["target_ids"], batch["response_index"], len(batch["response_lengths"]), dtype
         )
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=True)
 
 
 def check_model(model: PreTrainedModel, tokenizer, flags: Flags) -> None:
@@ -618,7 +632,7 @@ def model_card(figures: list[str], flags: Flags, data: PreparedData, steps: int)
     """The trained model's README.md, as the hub shows it."""
     base, source = short_name(flags.model_name_or_path), short_name(flags.dataset_name)
     on_hub = [f"{key}: {name}" for key, name, given in (("base_model", base, flags.model_name_or_path),
-              ("datasets", f"[{source}]", flags.dataset_name)) if not Path(given).expanduser().exists()]  # fmt: skip
+              ("datasets", f"[{source}]", flags.dataset_name)) if not Path(given).exists()]  # fmt: skip
     settings = {name: getattr(flags, name) for name in (*IDENTITY, "max_length")}
     return "\n".join(
         [
@@ -637,8 +651,7 @@ def model_card(figures: list[str], flags: Flags, data: PreparedData, steps: int)
 
 def short_name(name: str) -> str:
     """A hub name as it is, a path without its folders: they are nobody's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def push(folder: Path, name: str) -> str:
@@ -839,12 +852,11 @@ def train(flags: Flags) -> Path:
     reference_scorer = ResponseScorer(reference.requires_grad_(False).eval().to(device))
     if flags.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_model(policy, tokenizer, flags)
+    check_model(reference, tokenizer, flags)
     if flags.torch_compile:
-        for model in (policy, reference):
-            for layer in model.base_model.layers:
-                layer.compile(dynamic=True)
-    for model in (policy, reference):
-        check_model(model, tokenizer, flags)
+        compile_layers(policy)
+        compile_layers(reference)
     check_scorer(reference_scorer, data.train, device)
     if main:
         check_room(output_dir, sum(weight.numel() for weight in policy.parameters()), flags, say)
@@ -1315,15 +1327,14 @@ def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, tot
 def describe_step(line: dict, total_steps: int) -> str:
     return (
         f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  margin {line['rewards/margins']:.3f}  "
-        f"acc {line['rewards/accuracies']:.2f}  lr {line['learning_rate']:.2e}  "
-        f"{line['pairs_per_second']:.2f} pairs/s  {line['tokens_per_second']:.0f} tokens/s"
+        f"acc {line['rewards/accuracies']:.2f}  lr {line['learning_rate']:.2e}  {line['pairs_per_second']:.2f} pairs/s"
     )
 
 
 def describe_eval(step: int, metrics: dict[str, float]) -> str:
     return (
-        f"held out at step {step}: loss {metrics['loss']:.4f}, accuracy by reward {metrics['rewards/accuracies']:.3f}, "
-        f"by log-probability {metrics['logps/accuracies']:.3f}, margin {metrics['rewards/margins']:.3f}"
+        f"step {step}, held out: loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:.3f}  "
+        f"acc {metrics['rewards/accuracies']:.3f} by reward, {metrics['logps/accuracies']:.3f} by logp"
     )
 
 

@@ -1,6 +1,7 @@
 """dpo_train.py: whole runs of a tiny model, in this process or as a user would type them."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -655,3 +656,20 @@ def test_help_names_every_flag_once_in_a_group(capsys):
     for name in dpo_train.Flags.__dataclass_fields__:
         assert text.count(f"\n  --{name} ") == 1, name
     assert all(f"\n{group}:\n" in text for group in dpo_train.GROUPS.values())
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_precomputing_lets_the_reference_go(model_dir, data_file, tmp_path, monkeypatch, precompute):
+    def models():
+        gc.collect()
+        return sum(isinstance(thing, Qwen2ForCausalLM) for thing in gc.get_objects())
+
+    counts, others, real = [], models(), dpo_train.check_first_step
+    monkeypatch.setattr(dpo_train, "check_first_step", lambda *args: (counts.append(models() - others), real(*args)))
+    run(model_dir, data_file, tmp_path / "run", max_steps=1, precompute_ref_log_probs=precompute)
+    assert counts == [1 if precompute else 2]
+
+
+def test_a_home_path_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert dpo_train.parse_flags(["--model_name_or_path=~/model"]).model_name_or_path == "/somewhere/model"

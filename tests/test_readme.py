@@ -1,0 +1,74 @@
+"""The README's commands, typed as printed in a copy of the project, except those that say what they need."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORTER = {"accelerate": ["--max_steps", "3", "--max_eval_samples", "20"]}  # the demo again: once in full is enough
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's bash blocks, in order; those of a block or line that needs something are left out."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        if not re.match("# (needs|需要)", lines[0]):
+            found += [line.split("  #")[0].strip() for line in lines if not re.search("# (needs|需要)", line)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    changed = subprocess.run(["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in changed.stdout.splitlines():  # what is being worked on counts, too
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def test_the_commands_work_as_printed(clone):
+    ran = []
+    for command in commands(ROOT / "README.md"):
+        words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
+        if words == ["pytest"]:
+            continue  # this is it
+        program = ["-m", "accelerate.commands.launch", *words[1:]] if words[0] == "accelerate" else words
+        program = [sys.executable, *program, *SHORTER.get(words[0], [])]
+        done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        ran.append(words)
+    assert [words[0] for words in ran].count("dpo_train.py") == 3 and len(ran) == 6
+
+    lines = [json.loads(line) for line in (clone / "output/demo/metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if "loss" in line)
+    before, after = ([line for line in lines if "eval_loss" in line][i] for i in (0, -1))
+    assert first["loss"] == pytest.approx(0.6931, abs=5e-4)
+    assert before["eval_rewards/accuracies"] == 0.5 and 0.4 < before["eval_logps/accuracies"] < 0.6
+    assert after["eval_rewards/accuracies"] >= 0.9 and after["eval_logps/accuracies"] >= 0.9
+    for name in ("output/demo/report.md", "output/demo/loss.png", "output/eval/report.md", "output/two.svg"):
+        assert (clone / name).stat().st_size > 0
+
+
+def test_the_trained_demo_model_answers_and_stops_by_itself(clone):
+    if not (clone / "output/demo/model.safetensors").exists():
+        pytest.skip("needs the demo's model: run the whole file")
+    code = """if True:
+        from transformers import pipeline
+        chat = pipeline("text-generation", "output/demo")
+        question = [{"role": "user", "content": "阿宁比小军起得早，阿成比阿宁起得早，三人里谁起得最晚？"}]
+        print(chat(question, max_new_tokens=200, do_sample=False)[0]["generated_text"][-1]["content"])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert "小军" in done.stdout and len(done.stdout) < 100, done.stderr[-2000:]
+
+
+def test_both_languages_show_the_same_commands():
+    assert set(commands(ROOT / "docs" / "README.zh.md")) == set(commands(ROOT / "README.md"))
