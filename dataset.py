@@ -501,6 +501,8 @@ def prepare(
     boundary = n_held_out
     while n_held_out and boundary < len(good) and keys[good[boundary]] == keys[good[boundary - 1]]:
         boundary += 1  # the last held-out prompt's other pairs can't be trained on; they are left out
+    if boundary == len(good):  # a single prompt: nothing can be held out
+        n_held_out = boundary = 0
     n_train = len(good) - boundary if max_train_samples is None else min(max_train_samples, len(good) - boundary)
     if not n_train:
         raise _no_row_left(causes.values())

@@ -310,3 +310,9 @@ def test_domains(tmp_path, tokenizer):
     assert len(data.train) + len(data.held_out) >= n_math - 3  # a held-out prompt's further pairs are left out
     with pytest.raises(UserError, match="--domains: no row has cooking; there is chat, math"):
         prepare(load_rows(path), tokenizer, domains=["cooking"])
+
+
+def test_a_single_prompt_holds_nothing_out(tmp_path, tokenizer):
+    rows = [coig(chosen=f"好{i}") for i in range(20)]
+    data = prepare(load_rows(str(write_jsonl(tmp_path / "a.jsonl", rows))), tokenizer)
+    assert len(data.train) == 20 and len(data.held_out) == 0
