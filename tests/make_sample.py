@@ -3,7 +3,8 @@
     uv run tests/make_sample.py
 
 `python dpo_train.py --demo` learns from the two in one to two minutes on a CPU: before, the model answers well
-about half the time; afterwards nearly always, also to prompts that it was not trained on. All of it is made for this project.
+about half the time; afterwards nearly always, also to prompts that it was not trained on. All of it is made for this
+project.
 
 1. Questions: written ones (docs/sample/texts.txt) and computed ones (arithmetic and logic, below), each with right
    contents and a wrong one.
