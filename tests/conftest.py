@@ -90,4 +90,11 @@ def data_file(tmp_path_factory) -> Path:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often test_robust.py kills the demo")
+    parser.addoption("--kills", type=int, default=1, help="how often test_robust.py kills the demo")
+    parser.addoption("--slow", action="store_true", help="also the tests of half a minute and more")
+
+
+@pytest.fixture
+def slow(pytestconfig):
+    if not pytestconfig.getoption("slow"):
+        pytest.skip("slow: --slow runs it")

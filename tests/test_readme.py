@@ -41,7 +41,7 @@ def test_the_commands_work_as_printed(clone):
         words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
         if words == ["pytest"]:
             continue  # this is it
-        program = ["-m", "accelerate.commands.launch", *words[1:]] if words[0] == "accelerate" else words
+        program = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words
         program = [sys.executable, *program, *SHORTER.get(words[0], [])]
         done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
