@@ -1,6 +1,7 @@
 """A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
 torch.set_num_threads(1)  # the fastest for models of this size, and the same on every machine
 
 CHATML = (
