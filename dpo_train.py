@@ -275,8 +275,13 @@ def choose_output_dir(flags: Flags) -> Path:
     return next(folder for folder in folders if not _holds_run(folder))
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that there is."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def check_writable(folder: Path) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = nearest_existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {folder}: {there} is no folder that can be written to")
 
@@ -288,7 +293,7 @@ def check_room(folder: Path, n_parameters: int, flags: Flags, say: Callable[[str
         UserError: if not even one of each fits.
     """
     model, checkpoint = 4 * n_parameters, 12 * n_parameters * bool(flags.save_steps)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = nearest_existing(folder)
     free = shutil.disk_usage(there).free
     # The oldest checkpoint is removed only after the new one is whole.
     for needed, enough in ((model + checkpoint, True), (model + checkpoint * (flags.save_total_limit + 1), False)):
@@ -895,10 +900,11 @@ def train(flags: Flags) -> Path:
             cut_metrics(metrics_file, step)
             append(metrics_file, {"step": step, "event": "resumed", "checkpoint": checkpoint.name})
 
+    held_out_pairs = data.held_out.read(range(len(data.held_out)))
     held_out_lengths = [
-        float(np.mean([len(pair[side]) for pair in data.held_out.read(range(len(data.held_out)))]))
+        float(np.mean([len(pair[side]) for pair in held_out_pairs]))
         for side in ("chosen_ids", "rejected_ids")
-        if len(data.held_out)
+        if held_out_pairs
     ]
 
     def write_checkpoint() -> None:
