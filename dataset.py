@@ -693,12 +693,15 @@ class TreeCollator:
     | chosen_index, rejected_index | [P] | each pair's two responses |
     | pair_index | [P] | the pairs' numbers in their `Pairs` |
     | pair_weight | [P] | 1; 0 in a filler, which keeps processes in step when they outnumber the micro-batches |
+
+    With `one_row`, also `segments`: for each prompt and each response of the row its (start, end) and those of its
+    prompt, a prompt's own being (start, start). Numbers, not a tensor: they are for the host.
     """
 
     micro_batch_tokens: int
     pad_token_id: int = 0  # never attended to and never a target: any id will do
     share: bool = True  # False encodes every response of every pair anew, prompt included, as other trainers do
-    one_row: bool = False  # True for attention that needs no mask: nothing is padded
+    one_row: bool = False  # True for attention without a mask: nothing is padded, and the batch names its `segments`
 
     def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[dict[str, torch.Tensor]]:
         """The micro-batches of these pairs, the longest first; their number is a multiple of `n_processes`.
@@ -783,7 +786,7 @@ class TreeCollator:
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         position_ids = np.zeros(shape, dtype=np.int64)
         branch_ids, tree_ids = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-        predictors, targets, responses = [], [], []
+        predictors, targets, responses, segments = [], [], [], []
         first_response: dict[int, int] = {}  # of each tree, in the micro-batch's numbering
         n_responses = 0
         for r, row in enumerate(rows):
@@ -797,6 +800,7 @@ class TreeCollator:
                     position_ids[r, here] = np.arange(len(ids)) + (n_prompt if k else 0)
                     branch_ids[r, here] = branch + k if k else 0
                     tree_ids[r, here] = t
+                    segments.append((at, at + len(ids), start, start + n_prompt if k else start))
                     if k:  # the prompt's last token predicts a response's first one
                         before = r * shape[1] + np.arange(at - 1, at + len(ids) - 1)
                         before[0] = r * shape[1] + start + n_prompt - 1
@@ -812,7 +816,7 @@ class TreeCollator:
             for index, chosen, rejected in unit.pairs
         ]
         index, chosen, rejected = (torch.tensor(column) for column in zip(*sorted(pairs), strict=True))
-        return {
+        batch = {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": torch.from_numpy(position_ids),
             "branch_ids": torch.from_numpy(branch_ids),
@@ -826,6 +830,7 @@ class TreeCollator:
             "pair_index": index,
             "pair_weight": torch.full((len(pairs),), weight),
         }
+        return batch | {"segments": segments} if self.one_row else batch
 
 
 def _total(items: Sequence[Tree | Unit]) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # micro-batches differ in shape
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages on CPUs; torch reads it once, at its first allocation
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import accelerate
@@ -38,8 +39,18 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import SafetensorError
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, get_scheduler
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    get_scheduler,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dataset import (
     Pairs,
@@ -101,7 +112,9 @@ class Flags:
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = flag(False, "compile the model's layers (never run on a GPU by us yet)")
-    attn_implementation: Literal["sdpa", "eager"] = flag("sdpa", "attention kernel")
+    attn_implementation: Literal["auto", "tree", "sdpa", "eager"] = flag(
+        "auto", "tree: no mask (never run on a GPU by us yet); sdpa, eager: with a mask; auto: GPU sdpa, CPU tree"
+    )
     precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
     logging_steps: int = flag(10, "write metrics every this many steps (step 1 always)")
     eval_steps: int = flag(500, "evaluate every this many steps, besides the start and the end; 0: only those")
@@ -318,13 +331,20 @@ def load_tokenizer(name: str):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
+def choose_attention(flags: Flags) -> str:
+    """torch.compile would compile anew for each micro-batch's segments, so it goes with a mask."""
+    if flags.attn_implementation != "auto":
+        return flags.attn_implementation
+    return "sdpa" if torch.cuda.is_available() or flags.torch_compile else "tree"
+
+
 def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path") -> PreTrainedModel:
     """A causal LM in float32, without dropout. As stored, in bf16, its weights would be too coarse to learn in."""
     with _explained(flag_name, name):
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=torch.float32,
-            attn_implementation=flags.attn_implementation,
+            attn_implementation=choose_attention(flags),
             use_safetensors=True,  # a pickle could run code
             trust_remote_code=False,
         )
@@ -377,18 +397,89 @@ class ResponseScorer(torch.nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """[M] summed log-probabilities in nats, float32, of a micro-batch as `TreeCollator` makes it."""
         head = self.model.get_output_embeddings().weight  # [V, H]
-        device = head.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        device = head.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
+        if self.model.config._attn_implementation == "tree":
+            attention = {"attention_mask": None, "tree": _tree(batch["segments"], dtype, device)}
+        else:  # [R, 1, T, T]
+            attention = {"attention_mask": tree_mask(batch["branch_ids"], batch["tree_ids"], dtype)}
         hidden = self.model.base_model(
             input_ids=batch["input_ids"],  # [R, T]
             position_ids=batch["position_ids"],
-            attention_mask=tree_mask(batch["branch_ids"], batch["tree_ids"], dtype),  # [R, 1, T, T]
             use_cache=False,
+            **attention,
         ).last_hidden_state  # [R, T, H]
         hidden = hidden.flatten(0, 1).index_select(0, batch["predictor_index"])  # [N, H]
         return response_logps(
             hidden, head, batch["target_ids"], batch["response_index"], len(batch["response_lengths"]), dtype
         )
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
+    """Attention of a row of token trees, segment by segment: no [T, T] mask, and nothing computed that it would hide.
+
+    A prompt sees itself, a response sees its prompt and itself. transformers calls this in each layer, with query
+    [1, heads, T, D], key and value [1, key heads, T, D], and hands `tree` through; without it (generating), it is sdpa.
+    """
+    if tree is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave float32 behind
+    attend = _attend_at_once if query.device.type == "cuda" else _attend_by_segment
+    return attend(query, key, value, scaling, tree), None  # [1, T, heads, D]
+
+
+AttentionInterface.register("tree", tree_attention)
+
+
+def _tree(segments: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device):
+    """What `tree_attention` needs of a micro-batch's segments, made once for all layers."""
+    if device.type == "cuda":
+        return _tree_at_once(segments, device)
+    lowest = torch.finfo(dtype).min
+    masks = []
+    for start, end, prompt_start, prompt_end in segments:
+        n, n_prompt = end - start, prompt_end - prompt_start
+        hidden = torch.ones(n, n_prompt + n, dtype=torch.bool).triu(n_prompt + 1)
+        masks.append(torch.zeros(n, n_prompt + n, dtype=dtype).masked_fill_(hidden, lowest) if n_prompt else None)
+    return list(zip(segments, masks, strict=True))
+
+
+def _tree_at_once(segments: list[tuple[int, int, int, int]], device: torch.device):
+    """Queries stay as they are, keys are gathered as [prompt | prompt, response 1 | prompt, response 2 ...]."""
+    keys = [np.r_[prompt_start:prompt_end, start:end] for start, end, prompt_start, prompt_end in segments]
+    n_queries, n_keys = [end - start for start, end, *_ in segments], list(map(len, keys))
+    numbers = torch.from_numpy(np.concatenate([*keys, [0], np.cumsum(n_queries), [0], np.cumsum(n_keys)]))
+    if device.type == "cuda":  # from pinned memory, the copy waits for nothing
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    key_index, query_ends, key_ends = numbers.split([sum(n_keys), len(segments) + 1, len(segments) + 1])
+    return key_index, query_ends.int(), key_ends.int(), max(n_queries), max(n_keys)
+
+
+def _attend_by_segment(query, key, value, scaling, tree) -> torch.Tensor:
+    outputs = []
+    for (start, end, prompt_start, prompt_end), mask in tree:
+        keys, values = key[:, :, start:end], value[:, :, start:end]
+        if mask is not None:
+            keys, values = (
+                torch.cat([x[:, :, prompt_start:prompt_end], own], 2) for x, own in ((key, keys), (value, values))
+            )
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end], keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def _attend_at_once(query, key, value, scaling, tree) -> torch.Tensor:
+    """All segments in one call of torch's kernel. Never run on a GPU by us yet: a test has emulated the kernel."""
+    key_index, query_ends, key_ends, max_queries, max_keys = tree
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    keys, values = key.index_select(0, key_index), value.index_select(0, key_index)
+    return varlen_attn(
+        query.contiguous(), keys, values, query_ends, key_ends, max_queries, max_keys,
+        scale=scaling, window_size=(-1, 0), enable_gqa=True,
+    )[None]  # fmt: skip
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -408,7 +499,7 @@ def check_model(model: PreTrainedModel, tokenizer, flags: Flags) -> None:
         raise UserError(f"--max_length {flags.max_length}: {model.name_or_path} looks back {window} tokens only")
 
 
-def check_scorer(scorer: ResponseScorer, pairs: Pairs, device: torch.device) -> None:
+def check_scorer(scorer: ResponseScorer, pairs: Pairs, collate: TreeCollator, device: torch.device) -> None:
     """Compare the tree of the first pair with the model's own logits for its two responses, in float32.
 
     A model whose attention ignores the mask, or whose logits are more than hidden states times LM head, fails here.
@@ -418,7 +509,7 @@ def check_scorer(scorer: ResponseScorer, pairs: Pairs, device: torch.device) -> 
     """
     (pair,) = pairs.read([0])
     pair = {"index": 0, **{name: np.asarray(pair[name])[-64:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}}
-    (batch,) = TreeCollator(micro_batch_tokens=256)([pair])
+    (batch,) = collate([pair])
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         batch = to_device(batch, device)
         logps = of_pairs(scorer(batch), batch)[0]
@@ -440,7 +531,10 @@ def check_scorer(scorer: ResponseScorer, pairs: Pairs, device: torch.device) -> 
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def of_pairs(logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -838,7 +932,7 @@ def train(flags: Flags) -> Path:
             flags.max_eval_samples,
             flags.domains.split(",") if flags.domains else None,
         )
-    collate = TreeCollator(micro_batch_tokens)
+    collate = TreeCollator(micro_batch_tokens, one_row=choose_attention(flags) == "tree")
     steps = StepBatches(data.train, collate, flags, accelerator)
     total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
     warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
@@ -862,7 +956,7 @@ def train(flags: Flags) -> Path:
     if flags.torch_compile:
         compile_layers(policy)
         compile_layers(reference)
-    check_scorer(reference_scorer, data.train, device)
+    check_scorer(reference_scorer, data.train, collate, device)
     if main:
         check_room(output_dir, sum(weight.numel() for weight in policy.parameters()), flags, say)
     scorer = ResponseScorer(policy.train())
@@ -1000,7 +1094,7 @@ def train(flags: Flags) -> Path:
         del reference, reference_scorer  # no second model in memory
 
     if device.type == "cuda":
-        rehearse(scorer, accelerator, micro_batch_tokens)
+        rehearse(scorer, accelerator, collate)
 
     # The loop.
     interrupted, give_signals_back = catch_signals(accelerator)
@@ -1184,13 +1278,13 @@ def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> No
         )
 
 
-def rehearse(scorer: torch.nn.Module, accelerator: Accelerator, n_tokens: int) -> None:
+def rehearse(scorer: torch.nn.Module, accelerator: Accelerator, collate: TreeCollator) -> None:
     """Forward and backward of the largest micro-batch there can be: if memory runs out, then now and not after an hour.
 
     Raises:
         UserError: with the number of tokens that should fit.
     """
-    device = accelerator.device
+    device, n_tokens = accelerator.device, collate.micro_batch_tokens
     resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     pair = {
         "index": 0,
@@ -1198,7 +1292,7 @@ def rehearse(scorer: torch.nn.Module, accelerator: Accelerator, n_tokens: int) -
         "chosen_ids": [0] * (n_tokens // 2),
         "rejected_ids": [1] * (n_tokens // 2 - 1),
     }
-    (batch,) = TreeCollator(n_tokens)([pair])
+    (batch,) = collate([pair])
     try:
         with accelerator.no_sync(scorer):
             accelerator.backward(scorer(to_device(batch, device)).sum() * 0.0)

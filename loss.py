@@ -7,7 +7,8 @@ logits ever existing at once. `dpo_loss`: equation 7 of the DPO paper (Rafailov 
 import torch
 import torch.nn.functional as F
 
-TILE_TOKENS, TILE_VOCABULARY = 2048, 8192  # one tile of logits: 64 MB in float32
+# Tokens and words of one tile of logits, on a CPU (docs/performance.md has what was tried) and on a GPU.
+TILES = (1024, 4096), (2048, 8192)
 
 
 def dpo_loss(
@@ -76,68 +77,69 @@ class _TokenLogps(torch.autograd.Function):
 
     The forward pass keeps the logsumexp of each token, the backward pass computes the logits of each tile once more:
     d logp / d logit_v = [v is the target] - softmax_v. The largest thing that ever exists is the weight's gradient.
+    Nothing in here asks the GPU for a value.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, compute_dtype):
+        ctx.dtypes = hidden.dtype, weight.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        hidden_cast, weight_cast = hidden.to(compute_dtype), weight.to(compute_dtype)
+        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
         logsumexp = torch.full(target_ids.shape, -torch.inf, dtype=exact, device=hidden.device)
         target_logit = torch.zeros_like(logsumexp)
-        for tokens, words, logits in _tiles(hidden_cast, weight_cast, exact):
-            _add_at_targets(target_logit[tokens], target_ids[tokens], words, logits)
+        for tokens, words, logits, _ in _tiles(hidden, weight, exact):
+            column, inside = _column_of_target(target_ids[tokens], words)
+            target_logit[tokens] += logits.gather(1, column).squeeze(1) * inside
             top = logits.amax(1)
             tile_logsumexp = logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
             logsumexp[tokens] = torch.logaddexp(logsumexp[tokens], tile_logsumexp)
         ctx.save_for_backward(hidden, weight, target_ids, logsumexp)
-        ctx.compute_dtype, ctx.exact = compute_dtype, exact
         return target_logit - logsumexp
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, target_ids, logsumexp = ctx.saved_tensors
-        hidden_cast, weight_cast = hidden.to(ctx.compute_dtype), weight.to(ctx.compute_dtype)
+        exact = logsumexp.dtype
+        grad = grad.to(exact)
         grad_hidden, grad_weight = (
-            torch.zeros_like(tensor, dtype=ctx.exact) if needed else None
+            torch.zeros_like(tensor, dtype=exact) if needed else None
             for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
         )
-        for tokens, words, logits in _tiles(hidden_cast, weight_cast, ctx.exact):
-            scale = grad[tokens].to(ctx.exact)
-            grad_logits = logits.sub_(logsumexp[tokens, None]).exp_().mul_(-scale[:, None])
-            rows, columns = _targets_in(target_ids[tokens], words)
-            grad_logits[rows, columns] += scale[rows]
-            grad_logits = grad_logits.to(ctx.compute_dtype)
+        for tokens, words, logits, low in _tiles(hidden, weight, exact):
+            scale = grad[tokens, None]
+            column, inside = _column_of_target(target_ids[tokens], words)
+            grad_logits = logits.sub_(logsumexp[tokens, None]).exp_().mul_(-scale)
+            grad_logits.scatter_add_(1, column, scale * inside[:, None])
+            low.copy_(grad_logits)  # the products below are in compute_dtype, their sums over tiles are exact
             if grad_hidden is not None:
-                grad_hidden[tokens] += grad_logits @ weight_cast[words]
+                grad_hidden[tokens] += low @ weight[words]
             if grad_weight is not None:
-                grad_weight[words] += grad_logits.T @ hidden_cast[tokens]
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-            None,
-        )
+                grad_weight[words] += low.T @ hidden[tokens]
+        grads = zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
+        return *(None if tensor is None else tensor.to(dtype) for tensor, dtype in grads), None, None
 
 
 def _tiles(hidden: torch.Tensor, weight: torch.Tensor, exact: torch.dtype):
-    """Slices of tokens and of vocabulary with their logits, all tiles in one buffer: done with before the next one."""
+    """Slices of tokens and of vocabulary; their logits in `exact`, and a buffer of that shape in hidden's dtype.
+
+    All tiles live in the same two buffers (one, where the dtypes agree): done with before the next one.
+    """
     n_tokens, n_words = len(hidden), len(weight)
-    buffer = hidden.new_empty(min(n_tokens, TILE_TOKENS), min(n_words, TILE_VOCABULARY))
-    for word in range(0, n_words, TILE_VOCABULARY):
-        words = slice(word, min(word + TILE_VOCABULARY, n_words))
-        for token in range(0, n_tokens, TILE_TOKENS):
-            tokens = slice(token, min(token + TILE_TOKENS, n_tokens))
+    tile_tokens, tile_words = TILES[hidden.device.type == "cuda"]
+    size = min(n_tokens, tile_tokens) * min(n_words, tile_words)
+    low_buffer = hidden.new_empty(size)
+    exact_buffer = low_buffer if hidden.dtype == exact else low_buffer.to(exact)
+    for word in range(0, n_words, tile_words):
+        words = slice(word, min(word + tile_words, n_words))
+        for token in range(0, n_tokens, tile_tokens):
+            tokens = slice(token, min(token + tile_tokens, n_tokens))
             shape = tokens.stop - tokens.start, words.stop - words.start
-            logits = buffer.view(-1)[: shape[0] * shape[1]].view(shape)
-            torch.mm(hidden[tokens], weight[words].T, out=logits)
-            yield tokens, words, logits.to(exact)
+            low, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (low_buffer, exact_buffer))
+            torch.mm(hidden[tokens], weight[words].T, out=low)
+            yield tokens, words, logits.copy_(low), low
 
 
-def _targets_in(target_ids: torch.Tensor, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = ((target_ids >= words.start) & (target_ids < words.stop)).nonzero()[:, 0]
-    return rows, target_ids[rows] - words.start
-
-
-def _add_at_targets(target_logit: torch.Tensor, target_ids: torch.Tensor, words: slice, logits: torch.Tensor) -> None:
-    rows, columns = _targets_in(target_ids, words)
-    target_logit[rows] = logits[rows, columns]
+def _column_of_target(target_ids: torch.Tensor, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's target in this tile, [n, 1], and whether it is there at all, [n]; if not, column 0 stands in."""
+    inside = (target_ids >= words.start) & (target_ids < words.stop)
+    return torch.where(inside, target_ids - words.start, 0)[:, None], inside

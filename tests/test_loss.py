@@ -87,16 +87,14 @@ def example(dtype=torch.float64, n_tokens=23, n_words=37, width=8):
 
 @pytest.mark.parametrize("tiles", [(2048, 8192), (5, 7), (1, 1)])
 def test_response_logps_against_the_naive_loop(tiles, monkeypatch):
-    monkeypatch.setattr(loss, "TILE_TOKENS", tiles[0])
-    monkeypatch.setattr(loss, "TILE_VOCABULARY", tiles[1])
+    monkeypatch.setattr(loss, "TILES", (tiles, tiles))
     inputs = example()
     torch.testing.assert_close(response_logps(*inputs), naive_response_logps(*inputs), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("tiles", [(2048, 8192), (5, 7)])
 def test_response_logps_gradients(tiles, monkeypatch):
-    monkeypatch.setattr(loss, "TILE_TOKENS", tiles[0])
-    monkeypatch.setattr(loss, "TILE_VOCABULARY", tiles[1])
+    monkeypatch.setattr(loss, "TILES", (tiles, tiles))
     hidden, weight, target_ids, response_index, n = example()
     upstream = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
 
@@ -135,8 +133,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_never_exist_at_once(monkeypatch):
-    monkeypatch.setattr(loss, "TILE_TOKENS", 16)
-    monkeypatch.setattr(loss, "TILE_VOCABULARY", 32)
+    monkeypatch.setattr(loss, "TILES", ((16, 32), (16, 32)))
     inputs = example(torch.float32, n_tokens=500, n_words=300)
     hidden, weight = (tensor.requires_grad_() for tensor in inputs[:2])
     with LargestTensor() as largest:

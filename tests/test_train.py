@@ -151,9 +151,10 @@ def test_the_run_equals_a_naive_loop(plain_run, model_dir, data_file):
         {"micro_batch_tokens": 256},
         {"gradient_checkpointing": True},
         {"attn_implementation": "eager"},
+        {"attn_implementation": "sdpa"},
         {"precompute_ref_log_probs": True},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: "-".join(map(str, *changes.items())),
 )
 def test_one_trajectory_for_every_way_of_computing_it(plain_run, model_dir, data_file, tmp_path, changes):
     expected = losses(plain_run[1])
@@ -248,7 +249,7 @@ def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
     accelerator = Accelerator(cpu=True)
     scorer = dpo_train.ResponseScorer(tiny_qwen2(len(tokenizer)))
     before = copy.deepcopy(scorer.state_dict())
-    dpo_train.rehearse(scorer, accelerator, 300)
+    dpo_train.rehearse(scorer, accelerator, dpo_train.TreeCollator(300))
     assert all(weight.grad is None for weight in scorer.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in scorer.state_dict().items())
 
@@ -257,7 +258,7 @@ def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
 
     scorer.forward = full
     with pytest.raises(dpo_train.UserError, match="memory is too small"):
-        dpo_train.rehearse(scorer, accelerator, 8192)
+        dpo_train.rehearse(scorer, accelerator, dpo_train.TreeCollator(8192))
     text = dpo_train.out_of_memory(8192, 9_000_000, 22_000_000, tiny_scorer_of(31_616))
     assert "--micro_batch_tokens 8192: 6400 should fit" in text and "\n" not in text
 

@@ -1,6 +1,7 @@
 """The one idea: a tree row gives what separate rows give, log-probabilities and gradients."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import tiny_qwen2
 
 import dataset
+import dpo_train
 from dataset import TreeCollator, tree_mask
 from dpo_train import ResponseScorer, of_pairs
 
@@ -51,14 +53,41 @@ def gradients(model):
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("collate", [
-    TreeCollator(10_000), TreeCollator(64), TreeCollator(10_000, one_row=True), TreeCollator(10_000, share=False),
-], ids=["one micro-batch", "many", "one row", "unshared"])  # fmt: skip
-def test_trees_equal_separate_rows(implementation, collate):
+def emulated_varlen_attn(
+    query, key, value, query_ends, key_ends, max_queries, max_keys, scale, window_size, enable_gqa
+):
+    """torch's varlen_attn by its documentation: sequences end to end, causal from the lower right corner."""
+    assert window_size == (-1, 0) and enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
+    bounds = [list(itertools.pairwise(ends.tolist())) for ends in (query_ends, key_ends)]
+    assert [max(b - a for a, b in side) for side in bounds] == [max_queries, max_keys]
+    assert query_ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
+    outputs = []
+    for (a, b), (c, d) in zip(*bounds, strict=True):
+        n_repeat = query.shape[1] // key.shape[1]
+        k, v = (x[c:d].repeat_interleave(n_repeat, dim=1).transpose(0, 1) for x in (key, value))
+        scores = query[a:b].transpose(0, 1) @ k.transpose(1, 2) * scale
+        later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        outputs.append((scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("implementation, collate", [
+    *itertools.product(["sdpa", "eager"], [
+        TreeCollator(10_000), TreeCollator(64), TreeCollator(10_000, one_row=True), TreeCollator(10_000, share=False),
+    ]),
+    *itertools.product(["tree", "tree as on a GPU, emulated"], [
+        TreeCollator(10_000, one_row=True), TreeCollator(64, one_row=True),
+        TreeCollator(10_000, one_row=True, share=False),
+    ]),
+])  # fmt: skip
+def test_trees_equal_separate_rows(implementation, collate, monkeypatch):
+    if "emulated" in implementation:
+        monkeypatch.setattr(dpo_train, "varlen_attn", emulated_varlen_attn)
+        monkeypatch.setattr(dpo_train, "_tree", lambda segments, _, device: dpo_train._tree_at_once(segments, device))
+        monkeypatch.setattr(dpo_train, "_attend_by_segment", dpo_train._attend_at_once)
     pairs = make_pairs()
     model = tiny_qwen2(N_WORDS)
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation(implementation.split()[0])
     other = copy.deepcopy(model)
     weights = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1))
 
