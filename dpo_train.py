@@ -35,12 +35,13 @@ import datasets
 import huggingface_hub
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
@@ -68,6 +69,7 @@ from loss import dpo_loss, response_logps
 from plot_loss import PlotError, plot_runs, read_run
 
 LN2 = math.log(2)
+REFERENCE_CACHE = Path(huggingface_hub.constants.HF_HOME) / "dpo_reference"
 SAMPLE = Path(__file__).resolve().parent / "docs" / "sample"
 
 
@@ -115,7 +117,9 @@ class Flags:
     attn_implementation: Literal["auto", "tree", "sdpa", "eager"] = flag(
         "auto", "tree: no mask (never run on a GPU by us yet); sdpa, eager: with a mask; auto: GPU sdpa, CPU tree"
     )
-    precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
+    precompute_ref_log_probs: bool = flag(
+        False, "one pass with the reference before training, then no second model; kept for other runs in HF_HOME"
+    )
     logging_steps: int = flag(10, "write metrics every this many steps (step 1 always)")
     eval_steps: int = flag(500, "evaluate every this many steps, besides the start and the end; 0: only those")
     save_steps: int = flag(1000, "write a checkpoint every this many steps; 0: none")
@@ -384,6 +388,13 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def code_version() -> str:
+    """A hash of everything that log-probabilities depend on, besides weights and token ids."""
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("dpo_train.py", "dataset.py", "loss.py")]
+    versions = f"{torch.__version__} {transformers.__version__}".encode()
+    return hashlib.blake2b(b"".join([*sources, versions]), digest_size=16).hexdigest()
+
+
 class ResponseScorer(torch.nn.Module):
     """A causal LM that maps a micro-batch to the log-probabilities of its responses.
 
@@ -464,7 +475,7 @@ def _attend_by_segment(query, key, value, scaling, tree) -> torch.Tensor:
                 torch.cat([x[:, :, prompt_start:prompt_end], own], 2) for x, own in ((key, keys), (value, values))
             )
         outputs.append(
-            scaled_dot_product_attention(
+            F.scaled_dot_product_attention(
                 query[:, :, start:end], keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
@@ -480,6 +491,17 @@ def _attend_at_once(query, key, value, scaling, tree) -> torch.Tensor:
         query.contiguous(), keys, values, query_ends, key_ends, max_queries, max_keys,
         scale=scaling, window_size=(-1, 0), enable_gqa=True,
     )[None]  # fmt: skip
+
+
+def freeze(model: PreTrainedModel, mixed_precision: str) -> PreTrainedModel:
+    """Make it the frozen reference. What autocast would cast anew for each micro-batch is cast once, to the same."""
+    model.requires_grad_(False).eval()
+    if mixed_precision == "bf16":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                for name, weight in list(module.named_parameters(recurse=False)):  # new ones: the head may be tied
+                    setattr(module, name, torch.nn.Parameter(weight.bfloat16(), requires_grad=False))
+    return model
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -556,10 +578,10 @@ def pair_metrics(policy: torch.Tensor, reference: torch.Tensor, flags: Flags) ->
 class ReferenceLogps:
     """The reference's log-probabilities, [n, 2] over all pairs of a set, each computed once in a run."""
 
-    def __init__(self, n_pairs: int, scorer: ResponseScorer | None, accelerator: Accelerator):
-        self.scorer, self.accelerator = scorer, accelerator
-        self.logps = torch.zeros(n_pairs, 2, device=accelerator.device)
-        self.known = np.zeros(n_pairs, dtype=bool)  # on the host: asking the GPU would stall it
+    def __init__(self, pairs: Pairs, collate: TreeCollator, scorer: ResponseScorer, accelerator: Accelerator):
+        self.pairs, self.collate, self.scorer, self.accelerator = pairs, collate, scorer, accelerator
+        self.logps = torch.zeros(len(pairs), 2, device=accelerator.device)
+        self.known = np.zeros(len(pairs), dtype=bool)  # on the host: asking the GPU would stall it
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor], index: np.ndarray, filler: bool = False) -> torch.Tensor:
@@ -573,18 +595,36 @@ class ReferenceLogps:
             self.known[index] = True
         return logps
 
-    def fill(self, pairs: Pairs, collate: TreeCollator) -> None:
-        """Compute all that isn't known yet. Done with the model then, it is let go."""
+    def fill(self) -> None:
+        """Compute all that isn't known yet, the work divided between the processes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         missing = np.flatnonzero(~self.known)
-        missing = missing[np.argsort(pairs.keys[missing], kind="stable")]  # a prompt's pairs together
-        chunks = range(0, len(missing), 256)
-        for start in tqdm(chunks, desc="Reference", disable=rank > 0 or not sys.stderr.isatty()):
-            for batch in collate(pairs.read(missing[start : start + 256]), world)[rank::world]:
-                index, filler = batch["pair_index"].numpy(), not batch["pair_weight"].any()
-                self(to_device(batch, self.accelerator.device), index, filler)
+        missing = missing[np.argsort(self.pairs.keys[missing], kind="stable")]  # a prompt's pairs together
+        bar = tqdm(total=len(missing), desc="Reference", unit="pair", disable=rank > 0 or not sys.stderr.isatty())
+        for start in range(0, len(missing), 256):
+            chunk = missing[start : start + 256]
+            with self.accelerator.autocast():
+                for batch in self.collate(self.pairs.read(chunk), world)[rank::world]:
+                    index, filler = batch["pair_index"].numpy(), not batch["pair_weight"].any()
+                    self(to_device(batch, self.accelerator.device), index, filler)
+            bar.update(len(chunk))
+        bar.close()
         self.share()
-        self.scorer = None
+
+    def recheck(self, n: int = 16) -> float:
+        """Compute some of the known values again: by how much they differ at most, as a share of the tolerance.
+
+        In bf16 a log-probability depends a little on what else is in its micro-batch.
+        """
+        some = np.random.default_rng(0).permutation(len(self.pairs))[:n]
+        old, known = self.logps.clone(), self.known.copy()
+        self.known[some] = False
+        self.fill()
+        exact = self.accelerator.mixed_precision == "no"
+        tolerance = 1e-2 + 1e-5 * old.abs() if exact else 0.5 + 1e-2 * old.abs()
+        worst = float(((self.logps - old).abs() / tolerance)[some].max())
+        self.logps, self.known = old, known
+        return worst
 
     def share(self) -> None:
         """Give every process what each of them has computed."""
@@ -593,6 +633,54 @@ class ReferenceLogps:
             count = self.accelerator.reduce(known, "sum")
             self.logps = self.accelerator.reduce(self.logps * known[:, None], "sum") / count.clamp(min=1)[:, None]
             self.known = (count > 0).cpu().numpy()
+
+
+def precompute(references: dict[str, ReferenceLogps], key: dict[str, str], accelerator: Accelerator, say) -> None:
+    """Fill the tables from the cache on disk or, where it has nothing that holds, with the model, and write the cache.
+
+    `key` is all that the values depend on: it is written into the file and compared when the file is read. Some values
+    are computed again before the others are believed.
+    """
+    path = REFERENCE_CACHE / f"{hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()}.safetensors"
+    refused = None
+    if accelerator.is_main_process and path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                if different := [name for name, value in key.items() if (file.metadata() or {}).get(name) != value]:
+                    raise ValueError(f"another {', '.join(different)}")
+                for name, reference in references.items():
+                    logps = file.get_tensor(name)
+                    if logps.shape != reference.logps.shape or not torch.isfinite(logps).all():
+                        raise ValueError(f"its {name} values are not all there")
+                    reference.logps.copy_(logps)
+                    reference.known[:] = True
+        except (OSError, ValueError, SafetensorError) as error:
+            refused = first_line(error)
+    for reference in references.values():
+        reference.known &= refused is None
+        reference.share()
+    if all(reference.known.all() for reference in references.values()) and not refused:
+        worst = max(reference.recheck() for reference in references.values() if len(reference.known))
+        if worst <= 1:
+            return say(f"reference log-probabilities from {path} (re-checked: {worst:.0%} of the tolerance)")
+        refused = f"re-computed values differ, {worst:.0f} times the tolerance"
+        for reference in references.values():
+            reference.known[:] = False
+    if refused:
+        say(f"warning: the reference's cache {path} is refused ({refused}): computing it anew")
+    for reference in references.values():
+        reference.fill()
+    if accelerator.is_main_process:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: table.logps.cpu() for name, table in references.items()}, temporary, metadata=key)
+            _sync(temporary)
+            temporary.replace(path)
+            say(f"reference log-probabilities kept in {path}")
+        except (OSError, SafetensorError) as error:  # the run has them in memory
+            temporary.unlink(missing_ok=True)
+            say(f"warning: the reference log-probabilities are not kept for other runs ({first_line(error)})")
 
 
 @torch.no_grad()
@@ -928,7 +1016,7 @@ def train(flags: Flags) -> Path:
             load_rows(flags.dataset_name, flags.dataset_split),
             tokenizer,
             flags.max_length,
-            flags.max_train_samples,
+            1 if flags.eval_only else flags.max_train_samples,
             flags.max_eval_samples,
             flags.domains.split(",") if flags.domains else None,
         )
@@ -940,25 +1028,49 @@ def train(flags: Flags) -> Path:
         raise UserError(f"--warmup_steps {warmup_steps}: the run has only {total_steps} steps")
 
     # Models: the policy, and the reference as it is before the first step.
-    policy = load_model(flags.model_name_or_path, flags)
+    policy = load_model(flags.model_name_or_path, flags).to(device)
     policy.config.use_cache = False
     start_hash = reference_hash = weights_hash(policy)
+    precomputing = flags.precompute_ref_log_probs and not flags.eval_only
     if flags.ref_model_name_or_path not in (None, flags.model_name_or_path):
-        reference = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path")
+        reference = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(device)
         reference_hash = weights_hash(reference)
-    else:
-        reference = copy.deepcopy(policy)
-    reference_scorer = ResponseScorer(reference.requires_grad_(False).eval().to(device))
-    if flags.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:  # until the first step, the policy is its own reference
+        reference = policy if precomputing else copy.deepcopy(policy)
     check_model(policy, tokenizer, flags)
     check_model(reference, tokenizer, flags)
+    reference_scorer = ResponseScorer(reference.eval())
+    check_scorer(reference_scorer, data.train, collate, device)
+    if reference is not policy:
+        freeze(reference, flags.mixed_precision)
     if flags.torch_compile:
         compile_layers(policy)
         compile_layers(reference)
-    check_scorer(reference_scorer, data.train, collate, device)
     if main:
         check_room(output_dir, sum(weight.numel() for weight in policy.parameters()), flags, say)
+
+    identity = {"policy's start (hash)": start_hash, "reference (hash)": reference_hash, "data": data.fingerprint}
+    identity |= {f"--{name}": getattr(flags, name) for name in IDENTITY}
+    checkpoint = choose_checkpoint(flags, output_dir, say)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        check_identity(state["identity"], identity, checkpoint)
+    if main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        print("\n".join(header(flags, accelerator, policy, data, tokenizer, steps, total_steps, output_dir)))
+
+    train_reference, eval_reference = (
+        ReferenceLogps(pairs, collate, reference_scorer, accelerator) for pairs in (data.train, data.held_out)
+    )
+    if precomputing:
+        key = {"reference": reference_hash, "data": data.fingerprint, "precision": flags.mixed_precision}
+        key |= {"attention": choose_attention(flags), "device": device.type, "code": code_version()}
+        precompute({"train": train_reference, "held out": eval_reference}, key, accelerator, say)
+        train_reference.scorer = eval_reference.scorer = None
+        del reference, reference_scorer  # no second model in memory
+
+    if flags.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scorer = ResponseScorer(policy.train())
     scorer, optimizer = accelerator.prepare(
         scorer,
@@ -969,12 +1081,8 @@ def train(flags: Flags) -> Path:
     )  # fmt: skip
     # Not prepared: a prepared scheduler steps once per process, and the learning rate would fall N times too fast.
     scheduler = get_scheduler(flags.lr_scheduler_type, optimizer.optimizer, warmup_steps, total_steps)
-    train_reference = ReferenceLogps(len(data.train), reference_scorer, accelerator)
-    eval_reference = ReferenceLogps(len(data.held_out), reference_scorer, accelerator)
 
     # Where the run stands: everything that changes from step to step is here, in the weights or in the optimizer.
-    identity = {"policy's start (hash)": start_hash, "reference (hash)": reference_hash, "data": data.fingerprint}
-    identity |= {f"--{name}": getattr(flags, name) for name in IDENTITY}
     step, before = 0, {}
     # Sums over the pairs since the last log line, and their number; added up where they are, looked at when logged.
     window = torch.zeros(
@@ -983,10 +1091,7 @@ def train(flags: Flags) -> Path:
     warned: set[str] = set()
     pair_losses = torch.zeros(len(data.train), device=device)
     first_broken = torch.full((), -1.0, device=device)  # the step whose gradients are not finite
-    checkpoint = choose_checkpoint(flags, output_dir, say)
     if checkpoint is not None:
-        state = read_state(checkpoint)
-        check_identity(state["identity"], identity, checkpoint)
         step, before = state["step"], state["before"]
         load_checkpoint(checkpoint, accelerator, scorer, optimizer, scheduler, window, train_reference)
         window *= main  # it holds the sums of all processes
@@ -1072,9 +1177,6 @@ def train(flags: Flags) -> Path:
             f"lower --learning_rate, or try --mixed_precision no. To go on from the last checkpoint: {last}"
         )
 
-    if main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        print("\n".join(header(flags, accelerator, policy, data, tokenizer, steps, total_steps, output_dir)))
     if flags.eval_only:
         before, after = look(reference_scorer, answers=True), look(answers=True)
         if main:
@@ -1087,11 +1189,6 @@ def train(flags: Flags) -> Path:
         log_eval(before)
         if before:
             say(describe_eval(0, before["metrics"]))
-
-    if flags.precompute_ref_log_probs:
-        train_reference.fill(data.train, collate)
-        eval_reference.fill(data.held_out, collate)
-        del reference, reference_scorer  # no second model in memory
 
     if device.type == "cuda":
         rehearse(scorer, accelerator, collate)
@@ -1230,8 +1327,9 @@ def load_checkpoint(checkpoint, accelerator, scorer, optimizer, scheduler, windo
     optimizer.load_state_dict(tensors["optimizer"])
     scheduler.load_state_dict(tensors["scheduler"])
     window.copy_(tensors["window"])
-    train_reference.logps.copy_(tensors["reference"]["logps"])
-    train_reference.known[:] = tensors["reference"]["known"].numpy()
+    known = tensors["reference"]["known"]
+    train_reference.logps[known] = tensors["reference"]["logps"][known].to(train_reference.logps)
+    train_reference.known |= known.numpy()
     torch.set_rng_state(tensors["rng"])
 
 
@@ -1410,7 +1508,7 @@ def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, tot
         ("sharing", f"{shared / unshared:.0%} of the tokens that separate rows would need"),
         ("steps", f"{total_steps:,} of {flags.train_batch_size} pairs, micro-batches of up to {n_micro:,} tokens, "
                   f"{accelerator.num_processes} process(es)"),
-        ("device", f"{place}; {versions}"),
+        ("device", f"{place}, attention {choose_attention(flags)}; {versions}"),
         ("flags", " ".join(changed) or "all defaults"),
         ("output", str(output_dir)),
         ("prompt", f"{'...' if len(prompt_text) > 140 else ''}{prompt_text[-140:]}"),
@@ -1418,6 +1516,8 @@ def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, tot
         ("rejected", f"|{marked(pair['rejected_ids'])}|"),
     ]  # fmt: skip
     width = max(60, min(120, shutil.get_terminal_size().columns))
+    if flags.eval_only:
+        lines = [line for line in lines if line[0] not in ("", "sharing", "steps")]
     return [
         textwrap.fill(text, width, initial_indent=f"{name:10}", subsequent_indent=" " * 10, break_on_hyphens=False)
         for name, text in lines

@@ -41,6 +41,15 @@ def tokenizer():
     return tokenizer
 
 
+@pytest.fixture(autouse=True)
+def reference_cache(tmp_path, monkeypatch) -> Path:
+    """Each test has its own cache of reference log-probabilities."""
+    import dpo_train
+
+    monkeypatch.setattr(dpo_train, "REFERENCE_CACHE", tmp_path / "reference_cache")
+    return tmp_path / "reference_cache"
+
+
 def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from conftest import make_rows, tiny_qwen2, write_jsonl
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -372,7 +373,7 @@ def test_a_model_that_ignores_the_mask_is_refused(model_dir, data_file, tmp_path
     real = dpo_train.tree_mask
     monkeypatch.setattr(dpo_train, "tree_mask", lambda branch, tree, dtype: real(branch * 0, tree, dtype))
     with pytest.raises(dpo_train.UserError, match="Qwen2ForCausalLM can't be trained here"):
-        run(model_dir, data_file, tmp_path / "run")
+        run(model_dir, data_file, tmp_path / "run", attn_implementation="sdpa")
 
 
 def test_another_reference(plain_run, model_dir, data_file, tmp_path, tokenizer):
@@ -515,8 +516,12 @@ def test_sinking_chosen_log_probabilities_are_told(plain_run, model_dir, data_fi
     assert capsys.readouterr().out.count("have become less likely") == 1
 
 
-def test_sigterm_finishes_the_step_and_tells_how_to_go_on(model_dir, data_file, tmp_path):
-    """Stopped in the middle and resumed with the printed command: the same end as without the stop."""
+def test_sigterm_finishes_the_step_and_tells_how_to_go_on(model_dir, data_file, tmp_path, monkeypatch):
+    """Stopped in the middle and resumed with the printed command: the same end as without the stop.
+
+    Bit for bit, given as many threads: kernels divide their sums among them.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     settings = {"num_train_epochs": 8, "save_steps": 1000}
     run(model_dir, data_file, tmp_path / "whole", **settings)
     folder = tmp_path / "stopped"
@@ -680,3 +685,69 @@ def test_precomputing_lets_the_reference_go(model_dir, data_file, tmp_path, monk
 def test_a_home_path_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert dpo_train.parse_flags(["--model_name_or_path=~/model"]).model_name_or_path == "/somewhere/model"
+
+
+def n_scored(monkeypatch):
+    """Counts the calls that compute log-probabilities, without gradients: the reference's, and evaluation's."""
+    calls, real = [], dpo_train.ResponseScorer.forward
+    monkeypatch.setattr(
+        dpo_train.ResponseScorer, "forward", lambda *args: (torch.is_grad_enabled() or calls.append(1), real(*args))[1]
+    )
+    return calls
+
+
+def test_a_sweep_pays_for_the_reference_once(model_dir, data_file, tmp_path, monkeypatch, capsys, reference_cache):
+    settings = {"max_eval_samples": 0, "max_steps": 4, "precompute_ref_log_probs": True}
+    calls = n_scored(monkeypatch)
+    first = losses(run(model_dir, data_file, tmp_path / "a", **settings, micro_batch_tokens=256))
+    (file,) = reference_cache.iterdir()
+    assert f"kept in {file}" in capsys.readouterr().out
+    n_first = len(calls)
+    again = losses(run(model_dir, data_file, tmp_path / "b", **settings, micro_batch_tokens=256))
+    assert f"from {file} (re-checked" in capsys.readouterr().out
+    assert again == first
+    n_again = len(calls) - n_first
+    assert n_again < n_first / 2  # the check of the model and of some values
+    run(model_dir, data_file, tmp_path / "c", **settings, beta=0.3)
+    assert len(list(reference_cache.iterdir())) == 1
+    run(model_dir, data_file, tmp_path / "d", **settings, max_length=20)  # other token ids
+    assert len(list(reference_cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda table: {name: logps + 5 for name, logps in table.items()}, "re-computed values differ"),
+    (lambda table: table | {"train": table["train"].index_fill(0, torch.tensor(7), math.nan)}, "train values are not"),
+    (lambda table: table | {"train": table["train"][1:]}, "train values are not all there"),
+    (lambda table: {"held out": table["held out"]}, "train"),
+    ("another reference", "another reference"),
+    ("cut", "."),
+], ids=["stale", "missing", "short", "absent", "foreign", "cut"])  # fmt: skip
+def test_a_reference_cache_that_does_not_hold_is_refused(
+    plain_run, model_dir, data_file, tmp_path, capsys, reference_cache, damage, reason
+):
+    run(model_dir, data_file, tmp_path / "a", max_steps=1, precompute_ref_log_probs=True)
+    (file,) = reference_cache.iterdir()
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "another reference":
+        save_file(load_file(file), file, metadata=metadata | {"reference": "0"})
+    else:
+        save_file(damage(load_file(file)), file, metadata=metadata)
+    capsys.readouterr()
+    metrics = run(model_dir, data_file, tmp_path / "b", precompute_ref_log_probs=True)
+    assert re.search(rf"cache {file} is refused \(.*{reason}.*\): computing it anew", capsys.readouterr().out)
+    assert losses(metrics) == pytest.approx(losses(plain_run[1]), abs=1e-5)
+
+
+def test_the_reference_is_never_one_that_has_trained(plain_run, model_dir, data_file, tmp_path):
+    """Precomputing that is asked for only when resuming: its values are those of the policy's start."""
+    stopped = tmp_path / "run"
+    run(model_dir, data_file, stopped, save_steps=4, save_total_limit=9)
+    for path in (stopped / "checkpoint-12", stopped / "checkpoint-14"):
+        shutil.rmtree(path)
+    metrics = run(
+        model_dir, data_file, stopped, save_steps=4, precompute_ref_log_probs=True, resume_from_checkpoint="latest"
+    )
+    assert losses(metrics) == pytest.approx(losses(plain_run[1]), abs=1e-5)
