@@ -406,7 +406,7 @@ class ResponseScorer(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[M] summed log-probabilities in nats, float32, of a micro-batch as `TreeCollator` makes it."""
+        """[M] summed log-probabilities in nats, float64, of a micro-batch as `TreeCollator` makes it."""
         head = self.model.get_output_embeddings().weight  # [V, H]
         device = head.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
@@ -580,7 +580,7 @@ class ReferenceLogps:
 
     def __init__(self, pairs: Pairs, collate: TreeCollator, scorer: ResponseScorer, accelerator: Accelerator):
         self.pairs, self.collate, self.scorer, self.accelerator = pairs, collate, scorer, accelerator
-        self.logps = torch.zeros(len(pairs), 2, device=accelerator.device)
+        self.logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
         self.known = np.zeros(len(pairs), dtype=bool)  # on the host: asking the GPU would stall it
 
     @torch.no_grad()
@@ -689,7 +689,7 @@ def evaluate(
     flags: Flags,
 ) -> np.ndarray:  # fmt: skip
     """METRICS of each pair, [n, K] in float64: the same for any number of processes and any cut into micro-batches."""
-    policy = torch.zeros(len(pairs), 2, device=accelerator.device)
+    policy = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
     main = accelerator.is_main_process and sys.stderr.isatty()
     for start in tqdm(range(0, len(pairs), 256), desc="Evaluating", leave=False, disable=not main):
         batches = collate(pairs.read(range(start, min(start + 256, len(pairs)))), accelerator.num_processes)
@@ -1085,11 +1085,9 @@ def train(flags: Flags) -> Path:
     # Where the run stands: everything that changes from step to step is here, in the weights or in the optimizer.
     step, before = 0, {}
     # Sums over the pairs since the last log line, and their number; added up where they are, looked at when logged.
-    window = torch.zeros(
-        len(METRICS + LENGTHS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-    )
+    window = torch.zeros(len(METRICS + LENGTHS) + 1, dtype=torch.float64, device=device)
     warned: set[str] = set()
-    pair_losses = torch.zeros(len(data.train), device=device)
+    pair_losses = torch.zeros(len(data.train), dtype=torch.float64, device=device)
     first_broken = torch.full((), -1.0, device=device)  # the step whose gradients are not finite
     if checkpoint is not None:
         step, before = state["step"], state["before"]

@@ -108,12 +108,12 @@ def test_response_logps_gradients(tiles, monkeypatch):
     torch.autograd.gradcheck(lambda h, w: response_logps(h, w, target_ids, response_index, n), ours)
 
 
-def test_bf16_products_have_float32_sums():
-    """With bf16 products the log-softmax and the sums are float32: off by the logits' rounding, not by the sums'."""
+def test_bf16_products_have_exact_sums():
+    """With bf16 products the log-softmax is float32, the sums float64: off by the logits' rounding alone."""
     hidden, weight, target_ids, response_index, n = example(torch.float32, n_tokens=400)
     exact = response_logps(hidden.double(), weight.double(), target_ids, response_index, n)
     ours = response_logps(hidden, weight, target_ids, response_index, n, torch.bfloat16)
-    assert ours.dtype == torch.float32
+    assert ours.dtype == torch.float64
     coarse = torch.zeros(n, dtype=torch.bfloat16)
     for i, token in enumerate((hidden.bfloat16() @ weight.bfloat16().T).log_softmax(-1)):  # the mistake
         coarse[response_index[i]] += token[target_ids[i]]

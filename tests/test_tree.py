@@ -43,7 +43,7 @@ def separate_rows(model, pairs):
 
 
 def trees(scorer, pairs, collate):
-    out = torch.zeros(len(pairs), 2)
+    out = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for batch in collate(pairs):
         out = out.index_put((batch["pair_index"],), of_pairs(scorer(batch), batch))
     return out
