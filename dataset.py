@@ -768,15 +768,16 @@ class TreeCollator:
             n_bins += n_processes
 
     def _rows(self, trees: list[Tree]) -> list[list[Tree]]:
-        """Trees into rows: longer ones waste attention, more of them waste padding; the cheapest number is taken."""
+        """Trees into rows: longer ones waste attention, more of them waste padding, a twentieth at most is allowed."""
         trees = sorted(trees, key=lambda tree: -tree.n_tokens)
         best, best_cost = [trees], float("inf")
         for n_rows in range(1, 2 if self.one_row else len(trees) + 1):
             rows = _spread(trees, n_rows)
             length = max(map(_total, rows))
-            # At about 8,000 tokens a row, Qwen2.5-0.5B's attention costs as much as all its other layers (DESIGN.md).
-            cost = n_rows * length * (1 + length / 8000)
-            if n_rows * length <= self.micro_batch_tokens and cost < best_cost:
+            size = n_rows * length
+            # At about 8,000 tokens a row, Qwen2.5-0.5B's attention costs as much as all its other layers.
+            cost = size * (1 + length / 8000)
+            if size <= min(self.micro_batch_tokens, 1.05 * _total(trees)) and cost < best_cost:
                 best, best_cost = rows, cost
         return best
 

@@ -404,6 +404,7 @@ class ResponseScorer(torch.nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self.head_grad: torch.Tensor | None = None  # see `weight_grad` of response_logps
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """[M] summed log-probabilities in nats, float64, of a micro-batch as `TreeCollator` makes it."""
@@ -422,8 +423,9 @@ class ResponseScorer(torch.nn.Module):
         ).last_hidden_state  # [R, T, H]
         hidden = hidden.flatten(0, 1).index_select(0, batch["predictor_index"])  # [N, H]
         return response_logps(
-            hidden, head, batch["target_ids"], batch["response_index"], len(batch["response_lengths"]), dtype
-        )
+            hidden, head, batch["target_ids"], batch["response_index"], len(batch["response_lengths"]), dtype,
+            self.head_grad if torch.is_grad_enabled() else None,
+        )  # fmt: skip
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
@@ -501,6 +503,10 @@ def freeze(model: PreTrainedModel, mixed_precision: str) -> PreTrainedModel:
             if isinstance(module, torch.nn.Linear):
                 for name, weight in list(module.named_parameters(recurse=False)):  # new ones: the head may be tied
                     setattr(module, name, torch.nn.Parameter(weight.bfloat16(), requires_grad=False))
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if torch.equal(embeddings.weight, head.weight.float()):  # tied, and of a model that was stored in bf16
+            embeddings.weight = head.weight
+            embeddings.register_forward_hook(lambda module, arguments, output: output.float())
     return model
 
 
@@ -1191,6 +1197,10 @@ def train(flags: Flags) -> Path:
     if device.type == "cuda":
         rehearse(scorer, accelerator, collate)
 
+    if accelerator.num_processes == 1:
+        head = policy.get_output_embeddings().weight
+        head.grad = scorer.head_grad = torch.zeros_like(head)
+
     # The loop.
     interrupted, give_signals_back = catch_signals(accelerator)
     loader = torch.utils.data.DataLoader(
@@ -1230,7 +1240,7 @@ def train(flags: Flags) -> Path:
         optimizer.step()
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         step += 1
         n_pairs_timed += n_pairs
         if step % steps.steps_per_epoch == 0:

@@ -54,6 +54,7 @@ def response_logps(
     response_index: torch.Tensor,
     n_responses: int,
     compute_dtype: torch.dtype | None = None,
+    weight_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed log-probabilities of responses: log pi(y|x) = sum over t of log softmax(W h_t)[y_t].
 
@@ -64,11 +65,13 @@ def response_logps(
         response_index: [N] which of the M responses each token belongs to.
         n_responses: M.
         compute_dtype: of the matrix products (None: hidden's). The log-softmax is float32, or hidden's if wider.
+        weight_grad: [V, H] float32. If given, the backward pass adds the weight's gradient to it, and autograd gets
+            none: in place, it costs no second tensor of that size. For one process only, since DDP looks at autograd's.
 
     Returns:
         [M] in nats, float64: in float32, sums around -1,000 are 1e-4 apart, which shows in the loss's fifth digit.
     """
-    token_logps = _TokenLogps.apply(hidden, weight, target_ids, compute_dtype or hidden.dtype)  # [N]
+    token_logps = _TokenLogps.apply(hidden, weight, target_ids, compute_dtype or hidden.dtype, weight_grad)  # [N]
     zeros = token_logps.new_zeros(n_responses, dtype=torch.float64)
     return zeros.index_add(0, response_index, token_logps.double())
 
@@ -82,7 +85,8 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target_ids, compute_dtype):
+    def forward(ctx, hidden, weight, target_ids, compute_dtype, weight_grad):
+        ctx.weight_grad = weight_grad
         ctx.dtypes = hidden.dtype, weight.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
         hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
@@ -102,10 +106,10 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, target_ids, logsumexp = ctx.saved_tensors
         exact = logsumexp.dtype
         grad = grad.to(exact)
-        grad_hidden, grad_weight = (
-            torch.zeros_like(tensor, dtype=exact) if needed else None
-            for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
-        )
+        grad_hidden = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
+        grad_weight = ctx.weight_grad
+        if grad_weight is None and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=exact)
         for tokens, words, logits, low in _tiles(hidden, weight, exact):
             scale = grad[tokens, None]
             column, inside = _column_of_target(target_ids[tokens], words)
@@ -116,8 +120,8 @@ class _TokenLogps(torch.autograd.Function):
                 grad_hidden[tokens] += low @ weight[words]
             if grad_weight is not None:
                 grad_weight[words] += low.T @ hidden[tokens]
-        grads = zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
-        return *(None if tensor is None else tensor.to(dtype) for tensor, dtype in grads), None, None
+        grads = zip((grad_hidden, grad_weight if ctx.weight_grad is None else None), ctx.dtypes, strict=True)
+        return *(None if tensor is None else tensor.to(dtype) for tensor, dtype in grads), None, None, None
 
 
 def _tiles(hidden: torch.Tensor, weight: torch.Tensor, exact: torch.dtype):
