@@ -192,3 +192,36 @@ def test_fillers_keep_processes_in_step():
 def test_a_pair_too_long_for_the_budget_is_refused():
     with pytest.raises(dataset.UserError, match="--micro_batch_tokens 10 is too small for a pair of"):
         TreeCollator(10)([{"index": 0, "prompt_ids": [1] * 9, "chosen_ids": [1], "rejected_ids": [2]}])
+
+
+def test_answers_do_not_depend_on_the_attention():
+    """Generating, there is no tree: the same tokens as with sdpa, greedy, and the cache is used."""
+    model = tiny_qwen2(N_WORDS).eval()
+    prompt = torch.arange(1, 20)[None]
+    answers = []
+    for implementation in ("sdpa", "tree"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            answers.append(model.generate(prompt, max_new_tokens=30, do_sample=False).tolist())
+            torch.testing.assert_close(model(prompt).logits, model(prompt, use_cache=False).logits)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("stored_in_bf16", [True, False])
+def test_freezing_changes_no_value(stored_in_bf16):
+    """Cast once or in every forward pass: the same bits. Embeddings that bf16 can hold exactly are kept once."""
+    model = tiny_qwen2(N_WORDS)
+    if stored_in_bf16:
+        model = model.bfloat16().float()
+    pairs = make_pairs()
+    (batch,) = TreeCollator(10_000)(pairs)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = ResponseScorer(model)(batch)
+        frozen = dpo_train.freeze(copy.deepcopy(model), "bf16")
+        assert torch.equal(ResponseScorer(frozen)(batch), expected)
+    assert (frozen.model.embed_tokens.weight.dtype == torch.bfloat16) == stored_in_bf16
+    assert frozen.lm_head.weight.dtype == frozen.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert frozen.model.norm.weight.dtype == torch.float32
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    unchanged = dpo_train.freeze(copy.deepcopy(model), "no")
+    assert all(weight.dtype == torch.float32 for weight in unchanged.parameters())
