@@ -742,12 +742,20 @@ class TreeCollator:
         """One unit for all pairs of a prompt; several where they don't fit, each with the prompt once more."""
         units: list[Unit] = []
         numbers: dict[bytes, int] = {}  # of the responses in the last unit's tree
-        # By response, so that a tree that must be cut in two is cut between pairs that have little in common.
-        for index, prompt, *sides in sorted(group, key=lambda pair: (pair[2], pair[0])):
-            n_new = sum(len(ids) // 8 for ids in set(sides) if ids not in numbers)
-            if not units or units[-1].n_tokens + n_new > self.micro_batch_tokens:
-                units.append(Unit([Tree(prompt, [])], []))
+        left = sorted(group, key=lambda pair: pair[0])
+        whole = len(group[0][1]) + sum(len(ids) // 8 for ids in {ids for pair in group for ids in pair[2:]})
+        while left:
+            next_one, n_new = 0, 0
+            if whole > self.micro_batch_tokens:
+                # The pair that adds the fewest tokens: where a tree must be cut, its parts have little in common.
+                costs = [sum(len(ids) // 8 for ids in set(pair[2:]) if ids not in numbers) for pair in left]
+                n_new = min(costs)
+                next_one = costs.index(n_new)
+            if not units or units[-1].pairs and units[-1].n_tokens + n_new > self.micro_batch_tokens:
+                units.append(Unit([Tree(group[0][1], [])], []))
                 numbers = {}
+                continue
+            index, _, *sides = left.pop(next_one)
             responses = units[-1].trees[0].responses
             for ids in sides:
                 if ids not in numbers:
