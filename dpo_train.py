@@ -990,7 +990,7 @@ def train(flags: Flags) -> Path:
     try:
         accelerator = Accelerator(
             log_with=None if flags.report_to == "none" else flags.report_to,
-            project_dir=".",  # for trackers that write files; it becomes the output folder below
+            project_dir=".",  # trackers that write files want one; where they write is set below
             mixed_precision=flags.mixed_precision,
             # Without this, accelerate lets several processes on CPUs run side by side and know nothing of each other.
             cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available(),
@@ -1006,7 +1006,7 @@ def train(flags: Flags) -> Path:
     micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if device.type == "cuda" else 2048)
     check_writable(output_dir)
     if flags.report_to != "none":
-        accelerator.project_configuration.set_directories(str(output_dir))
+        accelerator.project_configuration.logging_dir = str(output_dir)
         settings = {name: getattr(flags, name) for name in (*IDENTITY, "max_length")}
         accelerator.init_trackers(output_dir.name, config=settings)
     metrics_file = output_dir / "metrics.jsonl"

@@ -616,6 +616,7 @@ def test_a_tracker_gets_the_lines_of_metrics(model_dir, data_file, tmp_path, mon
 
         def __init__(self, run_name, logging_dir=None, **kwargs):
             super().__init__()
+            assert (run_name, Path(logging_dir)) == ("run", tmp_path / "run")
 
         def store_init_configuration(self, values):
             got.append(values)
