@@ -619,11 +619,14 @@ def _encode_rows(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
 # Pairs to micro-batches
 
 
-def epoch_order(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(keys: np.ndarray, seed: int, epoch: int, shuffle: str = "prompts") -> np.ndarray:
     """The order of the pairs in one epoch, [n] indices: prompts shuffled, a prompt's pairs together.
 
+    With `shuffle="pairs"` a prompt's pairs are spread over the epoch; then hardly anything is shared within a step.
     A function of its arguments alone, so that a resumed run and every process see the same order.
     """
+    if shuffle == "pairs":
+        return np.random.default_rng([seed, epoch]).permutation(len(keys))
     _, group = np.unique(keys, return_inverse=True)
     place = np.random.default_rng([seed, epoch]).permutation(int(group.max()) + 1)
     return np.argsort(place[group], kind="stable")

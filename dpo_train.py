@@ -103,6 +103,9 @@ class Flags:
     micro_batch_tokens: int | None = flag(
         None, "tokens in one forward pass of one process; sets the memory, not the result (default: GPU 8192, CPU 2048)"
     )
+    shuffle: Literal["prompts", "pairs"] = flag(
+        "prompts", "prompts: a prompt's pairs in one step, which is fast; pairs: spread out, see docs/performance.md"
+    )
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
@@ -156,8 +159,9 @@ DEMO = {
 
 # What makes a run the run it is: a resumed run must agree in these with the one that it goes on with.
 IDENTITY = (
-    "beta", "loss_type", "label_smoothing", "train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "mixed_precision", "seed",
+    "beta", "loss_type", "label_smoothing", "train_batch_size", "shuffle", "learning_rate", "lr_scheduler_type",
+    "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
+    "mixed_precision", "seed",
 )  # fmt: skip
 
 METRICS = (
@@ -961,7 +965,7 @@ class StepBatches(torch.utils.data.Dataset):
     """Item s: this process's micro-batches of optimizer step s. A function of (seed, s): resuming is starting at s."""
 
     def __init__(self, pairs: Pairs, collate: TreeCollator, flags: Flags, accelerator: Accelerator):
-        self.pairs, self.collate, self.seed, self.batch_size = pairs, collate, flags.seed, flags.train_batch_size
+        self.pairs, self.collate, self.flags, self.batch_size = pairs, collate, flags, flags.train_batch_size
         self.process, self.n_processes = accelerator.process_index, accelerator.num_processes
         self.steps_per_epoch = math.ceil(len(pairs) / flags.train_batch_size)
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
@@ -970,7 +974,8 @@ class StepBatches(torch.utils.data.Dataset):
         """The pairs of a step; the last step of an epoch has what is left."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(self.pairs.keys, self.seed, epoch)
+            self.epoch = epoch
+            self.order = epoch_order(self.pairs.keys, self.flags.seed, epoch, self.flags.shuffle)
         return self.order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
@@ -1195,7 +1200,7 @@ def train(flags: Flags) -> Path:
             say(describe_eval(0, before["metrics"]))
 
     if device.type == "cuda":
-        rehearse(scorer, accelerator, collate)
+        rehearse(scorer, optimizer, accelerator, collate)
 
     if accelerator.num_processes == 1:
         head = policy.get_output_embeddings().weight
@@ -1384,13 +1389,16 @@ def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> No
         )
 
 
-def rehearse(scorer: torch.nn.Module, accelerator: Accelerator, collate: TreeCollator) -> None:
+def rehearse(scorer: torch.nn.Module, optimizer, accelerator: Accelerator, collate: TreeCollator) -> None:
     """Forward and backward of the largest micro-batch there can be: if memory runs out, then now and not after an hour.
 
     Raises:
         UserError: with the number of tokens that should fit.
     """
     device, n_tokens = accelerator.device, collate.micro_batch_tokens
+    # AdamW makes its two numbers for each weight in its first step: until then, their room is taken by this.
+    n_weights = 0 if optimizer.state else sum(weight.numel() for weight in scorer.parameters())
+    room_for_adam = torch.empty(2 * n_weights, device=device)
     resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     pair = {
         "index": 0,
@@ -1406,6 +1414,7 @@ def rehearse(scorer: torch.nn.Module, accelerator: Accelerator, collate: TreeCol
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
         limit = min(total, torch.cuda.get_per_process_memory_fraction(device) * total) if total else 0
         raise UserError(out_of_memory(n_tokens, resident, int(limit), scorer)) from None
+    del room_for_adam
     for weight in scorer.parameters():
         weight.grad = None
 

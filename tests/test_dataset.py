@@ -300,6 +300,9 @@ def test_epoch_order():
     assert changes == len(set(keys))  # a prompt's pairs stay together
     assert order.tolist() == epoch_order(keys, 0, 0).tolist()
     assert order.tolist() != epoch_order(keys, 0, 1).tolist() != epoch_order(keys, 1, 0).tolist()
+    spread = epoch_order(keys, 0, 0, "pairs")
+    assert sorted(spread) == list(range(len(keys))) and np.count_nonzero(np.diff(keys[spread])) + 1 > changes
+    assert spread.tolist() == epoch_order(keys, 0, 0, "pairs").tolist() != epoch_order(keys, 0, 1, "pairs").tolist()
 
 
 def test_domains(tmp_path, tokenizer):

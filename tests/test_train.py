@@ -250,7 +250,7 @@ def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
     accelerator = Accelerator(cpu=True)
     scorer = dpo_train.ResponseScorer(tiny_qwen2(len(tokenizer)))
     before = copy.deepcopy(scorer.state_dict())
-    dpo_train.rehearse(scorer, accelerator, dpo_train.TreeCollator(300))
+    dpo_train.rehearse(scorer, torch.optim.AdamW(scorer.parameters()), accelerator, dpo_train.TreeCollator(300))
     assert all(weight.grad is None for weight in scorer.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in scorer.state_dict().items())
 
@@ -259,7 +259,7 @@ def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
 
     scorer.forward = full
     with pytest.raises(dpo_train.UserError, match="memory is too small"):
-        dpo_train.rehearse(scorer, accelerator, dpo_train.TreeCollator(8192))
+        dpo_train.rehearse(scorer, torch.optim.AdamW(scorer.parameters()), accelerator, dpo_train.TreeCollator(8192))
     text = dpo_train.out_of_memory(8192, 9_000_000, 22_000_000, tiny_scorer_of(31_616))
     assert "--micro_batch_tokens 8192: 6400 should fit" in text and "\n" not in text
 
