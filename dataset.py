@@ -65,7 +65,10 @@ def load_rows(name: str, split: str = "train") -> Dataset:
             builder = datasets.load_dataset_builder(str(path))
             files = builder.config.data_files or {}
         except Exception as error:
-            raise UserError(f"--dataset_name {name}: no data files in this folder ({first_line(error)})") from None
+            raise UserError(
+                f"--dataset_name {name}: no data set in this folder ({first_line(error)}); expected .parquet, .json or "
+                ".jsonl files"
+            ) from None
         if files and split not in files:
             raise UserError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, files))}")
         if builder.dataset_name == "json" or files and all(Path(f).suffix in (".json", ".jsonl") for f in files[split]):

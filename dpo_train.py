@@ -1446,10 +1446,14 @@ def catch_signals(accelerator: Accelerator) -> tuple[Callable[[], bool], Callabl
         if accelerator.is_main_process:
             print("\nfinishing this step, then writing a checkpoint (again: exit at once)", file=sys.stderr)
 
+    # Processes agree through a group of their own on CPUs: a question to the GPU in each step would stall it.
+    group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
     def interrupted() -> bool:
-        if accelerator.num_processes == 1:
-            return bool(caught)
-        return bool(accelerator.reduce(torch.tensor(float(len(caught)), device=accelerator.device), "sum") > 0)
+        count = torch.tensor(len(caught))
+        if group is not None:
+            torch.distributed.all_reduce(count, group=group)
+        return bool(count)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
 
