@@ -21,6 +21,7 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -1536,13 +1537,17 @@ def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, tot
         ("chosen", f"|{marked(pair['chosen_ids'])}|  (targets between |)"),
         ("rejected", f"|{marked(pair['rejected_ids'])}|"),
     ]  # fmt: skip
-    width = max(60, min(120, shutil.get_terminal_size().columns))
     if flags.eval_only:
         lines = [line for line in lines if line[0] not in ("", "sharing", "steps")]
-    return [
-        textwrap.fill(text, width, initial_indent=f"{name:10}", subsequent_indent=" " * 10, break_on_hyphens=False)
-        for name, text in lines
-    ]
+    return [fold(name, text) for name, text in lines]
+
+
+def fold(name: str, text: str) -> str:
+    """A name and a text behind it, broken into lines that fit the terminal. Chinese characters take two columns."""
+    wide = "".join(c + "\0" * (unicodedata.east_asian_width(c) in "WF") for c in text)
+    width = max(60, min(120, shutil.get_terminal_size().columns))
+    lines = textwrap.fill(wide, width, initial_indent=f"{name:10}", subsequent_indent=" " * 10, break_on_hyphens=False)
+    return lines.replace("\0", "")
 
 
 def describe_step(line: dict, total_steps: int) -> str:
@@ -1563,8 +1568,8 @@ def describe_answers(before: dict, after: dict, n: int = 3) -> list[str]:
     lines = []
     for old, new in list(zip(before.get("answers", []), after.get("answers", []), strict=False))[:n]:
         question = old["prompt"].removesuffix("assistant").strip().splitlines()[-1:]
-        lines += ["", *(line[-120:] for line in question)]
-        lines += [f"  before: {old['answer'][:160]!r}", f"  after:  {new['answer'][:160]!r}"]
+        texts = (("prompt", "".join(question)[-120:]), ("before", old["answer"][:160]), ("after", new["answer"][:160]))
+        lines += ["", *(fold(name, repr(text)[1:-1]) for name, text in texts)]
     return lines
 
 

@@ -3,6 +3,7 @@
     uv run tests/benchmark.py                                                # ours only: the sample model, a smoke run
     uv run --with trl tests/benchmark.py --model Qwen/Qwen2.5-0.5B --pairs 32 --max_length 512
     uv run --with trl tests/benchmark.py --model PATH --data COIG-P.jsonl --only "ours|trl 2 .*" --steps 4
+    uv run tests/benchmark.py --model PATH --bytes_per_token                 # what a token costs in activations
 
 Each line of the table is a process of its own (so that peaks of memory don't mix), started with the same environment.
 All of them train on the same steps of the same pairs, every pair new, in the same order, with fused AdamW over float32
@@ -216,6 +217,39 @@ def work(args: argparse.Namespace) -> None:
     print("RESULT " + json.dumps(found | {"peak_gb": peak / 1e9, "name": config.name}), flush=True)
 
 
+def bytes_per_token(args: argparse.Namespace) -> None:
+    """What autograd keeps of a forward pass for each token: the slope between two lengths, so that weights don't count.
+
+    Tensors are counted by storage, each once. Saved tensors are the same on a CPU and on a GPU, but for what an
+    attention kernel keeps for itself.
+    """
+    import torch
+
+    import dpo_train
+    from dataset import TreeCollator
+
+    flags = dpo_train.parse_flags(["--model_name_or_path", args.model, "--attn_implementation", "sdpa"])
+    scorer = dpo_train.ResponseScorer(dpo_train.load_model(args.model, flags).train())
+    kept = {}
+    for n_tokens in (args.max_length, 2 * args.max_length):
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        pair = {"index": 0, "prompt_ids": [0], "chosen_ids": [0] * (n_tokens // 2)}
+        (batch,) = TreeCollator(n_tokens)([pair | {"rejected_ids": [1] * (n_tokens // 2 - 1)}])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
+                logps = scorer(batch)
+        kept[n_tokens] = sum(storage.nbytes() for storage in storages.values())
+        del logps
+    (n, fewer), (_, more) = kept.items()
+    slope = (more - fewer) / n
+    print(f"{slope / 1e6:.3f} MB a token, and {(fewer - slope * n) / 1e9:.2f} GB of weights as they compute")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -234,11 +268,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="add the results to this .jsonl file")
     parser.add_argument("--list", action="store_true", help="name the configurations and stop")
+    parser.add_argument("--bytes_per_token", action="store_true", help="of activations, instead of the table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     configs = [config for config in CONFIGS if re.fullmatch(args.only, config.name)]
     if args.list:
         print("\n".join(config.name for config in configs))
+        return 0
+    if args.bytes_per_token:
+        bytes_per_token(args)
         return 0
     if args.worker:
         work(args)
