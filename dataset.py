@@ -29,6 +29,7 @@ FORMS = (
     "conversations + chosen + rejected (COIG-P), prompt + chosen + rejected (TRL, text or messages), "
     "chosen + rejected with a common beginning (TRL, implicit prompt)"
 )
+FILES = (".parquet", ".json", ".jsonl")
 Message = dict[str, str]
 
 
@@ -52,15 +53,14 @@ def load_rows(name: str, split: str = "train") -> Dataset:
     """
     path = Path(name).expanduser()
     if path.is_file():
+        refuse_lfs_pointers([path])
         if path.suffix in (".json", ".jsonl"):
             return _json_rows([path])
         if path.suffix == ".parquet":
             return _load("parquet", name, data_files=str(path), split="train")
         raise UserError(f"--dataset_name {name}: a file must end in .parquet, .json or .jsonl")
     if path.is_dir():
-        pointers = [file for file in path.rglob("*.parquet") if file.stat().st_size < 1024 and _is_lfs_pointer(file)]
-        if pointers:
-            raise UserError(f"{pointers[0]} is a git-lfs pointer, not data: run `git lfs pull` in {name}")
+        refuse_lfs_pointers(file for kind in FILES for file in path.rglob(f"*{kind}"))
         try:
             builder = datasets.load_dataset_builder(str(path))
             files = builder.config.data_files or {}
@@ -74,7 +74,7 @@ def load_rows(name: str, split: str = "train") -> Dataset:
         if builder.dataset_name == "json" or files and all(Path(f).suffix in (".json", ".jsonl") for f in files[split]):
             return _json_rows([Path(file) for file in files[split]])
         return _load(str(path), name, split=split)
-    if name.startswith((".", "/", "~")) or path.suffix in (".json", ".jsonl", ".parquet") or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or path.suffix in FILES or name.count("/") > 1:
         raise UserError(f"--dataset_name {name}: there is no such file or folder")
     return _load(name, name, split=split)
 
@@ -93,9 +93,16 @@ def first_line(error: Exception | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _is_lfs_pointer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(19) == b"version https://git"
+def refuse_lfs_pointers(files: Iterable[Path]) -> None:
+    """A clone made without git-lfs has three lines of text in place of each large file.
+
+    Raises:
+        UserError: for the first file that is such a pointer.
+    """
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as opened:
+            if opened.read(19) == b"version https://git":
+                raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its clone")
 
 
 def _json_rows(paths: list[Path]) -> Dataset:
@@ -458,7 +465,6 @@ def prepare(
     max_train_samples: int | None = None,
     max_eval_samples: int = 512,
     domains: Sequence[str] | None = None,
-    num_proc: int | None = None,
 ) -> PreparedData:
     """Tokenize a data set and split it by prompt.
 
@@ -474,7 +480,8 @@ def prepare(
     if not {"chosen", "rejected"} <= columns:
         raise UserError(f"the data has the columns {', '.join(sorted(columns)) or 'none'}; accepted: {FORMS}")
     encoder = Encoder(tokenizer, max_length)
-    workers = num_proc or min(len(os.sched_getaffinity(0)), len(rows) // 4000) or None
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    workers = min(n_cores, len(rows) // 4000) or None
     version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
 
     def cached_map(table: Dataset, function, name: str, **key) -> Dataset:

@@ -64,6 +64,7 @@ from dataset import (
     first_line,
     load_rows,
     prepare,
+    refuse_lfs_pointers,
     tree_mask,
 )
 from loss import dpo_loss, response_logps
@@ -92,7 +93,7 @@ class Flags:
     dataset_split: str = flag("train", "split of a hub data set or folder")
     domains: str | None = flag(None, "only these values of the column `domain`, e.g. chat,math (default: all)")
     output_dir: str | None = flag(
-        None, "where everything is written (default: output/dpo, or the next free output/dpo-N)"
+        None, "where everything is written (default: output/dpo, demo or eval, or the next free output/dpo-N)"
     )
     beta: float = flag(0.1, "how strongly the policy is held to the reference; higher means less deviation")
     loss_type: Literal["sigmoid"] = flag("sigmoid", "the loss; sigmoid is the DPO paper's")
@@ -349,6 +350,8 @@ def choose_attention(flags: Flags) -> str:
 
 def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path") -> PreTrainedModel:
     """A causal LM in float32, without dropout. As stored, in bf16, its weights would be too coarse to learn in."""
+    if Path(name).is_dir():
+        refuse_lfs_pointers(Path(name).glob("*.safetensors"))
     with _explained(flag_name, name):
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -854,7 +857,7 @@ def short_name(name: str) -> str:
 
 def push(folder: Path, name: str) -> str:
     api = huggingface_hub.HfApi()
-    name = api.create_repo(name, exist_ok=True).repo_id
+    name = api.create_repo(name, exist_ok=True, private=True).repo_id  # the report quotes some of the data
     api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*", ".*"])
     return f"{huggingface_hub.constants.ENDPOINT}/{name}"
 
@@ -955,6 +958,10 @@ def check_identity(old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -
             raise UserError(
                 f"{checkpoint} belongs to another run: {name} was {old.get(name)} and is {value} now; resume with what "
                 "it was, or start anew in another --output_dir"
+                + (
+                    " (of the data: the file, the tokenizer, --max_length, --max_*_samples or --domains)"
+                    * (name == "data")
+                )
             )
 
 
@@ -998,8 +1005,9 @@ def train(flags: Flags) -> Path:
             log_with=None if flags.report_to == "none" else flags.report_to,
             project_dir=".",  # trackers that write files want one; where they write is set below
             mixed_precision=flags.mixed_precision,
-            # Without this, accelerate lets several processes on CPUs run side by side and know nothing of each other.
-            cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available(),
+            # Otherwise accelerate lets several processes on CPUs run side by side and know nothing of each other, and
+            # takes a Mac's GPU, which has no float64.
+            cpu=not torch.cuda.is_available(),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except ValueError as error:
@@ -1007,6 +1015,8 @@ def train(flags: Flags) -> Path:
     device, main = accelerator.device, accelerator.is_main_process
     say = accelerator.print
     set_seed(flags.seed)
+    if device.type == "cpu" and not flags.demo:
+        say(f"warning: torch {torch.__version__} sees no GPU: this runs on the CPU (is the driver too old for it?)")
     (output_dir,) = accelerate.utils.broadcast_object_list([choose_output_dir(flags) if main else None])
     # About 1.7 MB of activations a token of Qwen2.5-0.5B: 14 GB on a GPU; a CPU gains nothing from large micro-batches.
     micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if device.type == "cuda" else 2048)
@@ -1041,7 +1051,6 @@ def train(flags: Flags) -> Path:
 
     # Models: the policy, and the reference as it is before the first step.
     policy = load_model(flags.model_name_or_path, flags).to(device)
-    policy.config.use_cache = False
     start_hash = reference_hash = weights_hash(policy)
     precomputing = flags.precompute_ref_log_probs and not flags.eval_only
     if flags.ref_model_name_or_path not in (None, flags.model_name_or_path):
@@ -1123,7 +1132,7 @@ def train(flags: Flags) -> Path:
             tensors = {
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "window": sums,
                 "reference": {"logps": train_reference.logps.cpu(), "known": torch.from_numpy(train_reference.known)},
-                "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all(),
+                "rng": torch.get_rng_state(),
             }  # fmt: skip
 
             def write(folder: Path) -> None:
@@ -1194,14 +1203,13 @@ def train(flags: Flags) -> Path:
             print("\n".join(["", *table, *describe_answers(before, after), "", f"report {output_dir / 'report.md'}"]))
         accelerator.end_training()
         return output_dir
+    if device.type == "cuda":
+        rehearse(scorer, optimizer, accelerator, collate)
     if step == 0:
         before = look(answers=True)
         log_eval(before)
         if before:
             say(describe_eval(0, before["metrics"]))
-
-    if device.type == "cuda":
-        rehearse(scorer, optimizer, accelerator, collate)
 
     if accelerator.num_processes == 1:
         head = policy.get_output_embeddings().weight
@@ -1423,7 +1431,7 @@ def rehearse(scorer: torch.nn.Module, optimizer, accelerator: Accelerator, colla
 def out_of_memory(n_tokens: int, resident: int, limit: int, scorer: torch.nn.Module) -> str:
     """What to do, in one line, when `n_tokens` don't fit into `limit` bytes of which `resident` are taken."""
     parameters = [weight for weight in scorer.parameters() if weight.requires_grad]
-    per_token = 1.7e6 * sum(weight.numel() for weight in parameters) / 494e6  # measured on no GPU yet: DESIGN's figure
+    per_token = 1.7e6 * sum(weight.numel() for weight in parameters) / 494e6  # docs/performance.md
     room = limit - resident - 4 * sum(weight.numel() for weight in parameters)  # the gradients
     fits = min(int(0.8 * n_tokens), int(room / per_token)) // 256 * 256
     if fits < 512:
@@ -1472,7 +1480,11 @@ def resume_command(output_dir: Path) -> str:
             del words[words.index(name) : words.index(name) + 2]
         words = [word for word in words if not word.startswith(name + "=")]
     words += ["--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
-    launcher = "accelerate launch" if "WORLD_SIZE" in os.environ else "python"
+    launcher = "python"
+    if (n_processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        launcher = f"accelerate launch --multi_gpu --num_processes {n_processes}"
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:
+        launcher = f"uv run {launcher}".removesuffix(" python")
     return f"{launcher} dpo_train.py {shlex.join(words)}"
 
 
@@ -1588,8 +1600,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"dpo_train.py (process {rank}): {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(f"dpo_train.py: {first_line(error)} Lower --micro_batch_tokens, then go on from the last checkpoint with "
-              "`--resume_from_checkpoint latest`", file=sys.stderr)  # fmt: skip
+        print(f"dpo_train.py: {first_line(error)} Lower --micro_batch_tokens; if the run has a checkpoint, go on from "
+              "it with `--resume_from_checkpoint latest`", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt:
         print("dpo_train.py: stopped", file=sys.stderr)

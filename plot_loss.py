@@ -1,6 +1,6 @@
 """Draw the curves of one or several DPO runs: loss, accuracy, rewards and log-probabilities over the steps.
 
-    python plot_loss.py output                                            # writes output/loss.png
+    python plot_loss.py output/dpo                                        # writes output/dpo/loss.png
     python plot_loss.py output/beta01 output/beta02 --output compare.svg
 
 A RUN is an output folder with metrics.jsonl, or with HF's trainer_state.json (also in checkpoint-N: the highest N

@@ -271,16 +271,18 @@ def test_unusable_sets_are_refused(tmp_path, tokenizer, content, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a.csv", "empty_folder", "lfs", "."])
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a.csv", "empty_folder", "lfs", "p.jsonl", "."])
 def test_unreadable_names_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("a,b\n")
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "lfs" / "data").mkdir(parents=True)
     (tmp_path / "lfs" / "data" / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "p.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError) as error:
         load_rows(name)
     assert "\n" not in str(error.value)
+    assert ("git lfs pull" in str(error.value)) == (name in ("lfs", "p.jsonl", "."))
 
 
 def test_long_and_strange_texts(tokenizer):

@@ -543,7 +543,7 @@ def test_sigterm_finishes_the_step_and_tells_how_to_go_on(model_dir, data_file, 
             break
     _, error = process.communicate(timeout=100)
     assert process.returncode == 1
-    stopped = re.search(r"stopped after step (\d+); go on with: python (dpo_train.py .*)\n", error)
+    stopped = re.search(r"stopped after step (\d+); go on with: (?:uv run|python) (dpo_train.py .*)\n", error)
     assert 9 <= int(stopped.group(1)) < 56
     assert (folder / f"checkpoint-{stopped.group(1)}" / "state.json").exists()
     done = type_command(sys.executable, *shlex.split(stopped.group(2)))
@@ -578,6 +578,13 @@ def test_a_vocabulary_or_a_window_that_is_too_small_is_refused(model_dir, data_f
     tokenizer.save_pretrained(tmp_path / "window")
     with pytest.raises(dpo_train.UserError, match="--max_length 128: .*window looks back 64 tokens only"):
         run(tmp_path / "window", data_file, tmp_path / "run")
+
+
+def test_weights_that_git_lfs_did_not_fetch_are_named(model_dir, data_file, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "clone")
+    (tmp_path / "clone" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(dpo_train.UserError, match="model.safetensors is a git-lfs pointer.*git lfs pull"):
+        run(tmp_path / "clone", data_file, tmp_path / "run")
 
 
 def test_pickled_weights_and_foreign_code_are_refused(model_dir, data_file, tmp_path):
@@ -648,7 +655,8 @@ def test_the_card_and_the_upload(model_dir, data_file, tmp_path, monkeypatch, ca
     uploaded = {}
 
     class Api:
-        def create_repo(self, name, exist_ok):
+        def create_repo(self, name, exist_ok, private):
+            assert private  # report.md quotes the data
             return SimpleNamespace(repo_id=f"somebody/{name}")
 
         def upload_folder(self, **kwargs):
