@@ -877,7 +877,9 @@ def tree_mask(branch_ids: torch.Tensor, tree_ids: torch.Tensor, dtype: torch.dty
     `eager`.
     """
     n = branch_ids.shape[1]
+    aligned = -(-n // 8) * 8  # CUDA's kernels copy a mask whose rows are not aligned, once in each layer
     not_later = torch.ones(n, n, dtype=torch.bool, device=branch_ids.device).tril()
     query, key = branch_ids[:, :, None], branch_ids[:, None, :]
     sees = not_later & (tree_ids[:, :, None] == tree_ids[:, None, :]) & ((key == 0) | (key == query))
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+    mask = torch.zeros(len(branch_ids), n, aligned, dtype=dtype, device=branch_ids.device)[:, :, :n]
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]

@@ -24,6 +24,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.varlen import varlen_attn
@@ -171,6 +172,7 @@ METRICS = (
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
 LENGTHS = ("lengths/chosen", "lengths/rejected")  # in tokens, end-of-turn included
+BYTES_PER_TOKEN = 1.7e6, 0.25e6  # of Qwen2.5-0.5B's activations; with checkpointing; docs/performance.md
 SINKING = 0.1  # nats a token by which the chosen responses may become less likely before a warning
 
 
@@ -445,7 +447,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave float32 behind
-    attend = _attend_at_once if query.device.type == "cuda" else _attend_by_segment
+    attend = _attend_at_once if isinstance(tree, tuple) else _attend_by_segment
     return attend(query, key, value, scaling, tree), None  # [1, T, heads, D]
 
 
@@ -453,15 +455,17 @@ AttentionInterface.register("tree", tree_attention)
 
 
 def _tree(segments: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device):
-    """What `tree_attention` needs of a micro-batch's segments, made once for all layers."""
-    if device.type == "cuda":
+    """What `tree_attention` needs of a micro-batch's segments, made once for all layers: a tuple to attend at once."""
+    if device.type == "cuda" and dtype.itemsize == 2:  # the kernel knows no float32
         return _tree_at_once(segments, device)
-    lowest = torch.finfo(dtype).min
     masks = []
     for start, end, prompt_start, prompt_end in segments:
-        n, n_prompt = end - start, prompt_end - prompt_start
-        hidden = torch.ones(n, n_prompt + n, dtype=torch.bool).triu(n_prompt + 1)
-        masks.append(torch.zeros(n, n_prompt + n, dtype=dtype).masked_fill_(hidden, lowest) if n_prompt else None)
+        shape = end - start, prompt_end - prompt_start + end - start
+        mask = None
+        if prompt_end > prompt_start:
+            hidden = torch.ones(shape, dtype=torch.bool, device=device).triu(prompt_end - prompt_start + 1)
+            mask = torch.zeros(shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
+        masks.append(mask)
     return list(zip(segments, masks, strict=True))
 
 
@@ -535,31 +539,36 @@ def check_model(model: PreTrainedModel, tokenizer, flags: Flags) -> None:
         raise UserError(f"--max_length {flags.max_length}: {model.name_or_path} looks back {window} tokens only")
 
 
-def check_scorer(scorer: ResponseScorer, pairs: Pairs, collate: TreeCollator, device: torch.device) -> None:
+def check_scorer(scorer: ResponseScorer, pairs: Pairs, collate: TreeCollator, accelerator: Accelerator) -> None:
     """Compare the tree of the first pair with the model's own logits for its two responses, in float32.
 
     A model whose attention ignores the mask, or whose logits are more than hidden states times LM head, fails here.
+    Once more in the run's precision, in which attention may be another kernel, and only roughly equal.
 
     Raises:
         UserError: if they differ.
     """
+    device = accelerator.device
     (pair,) = pairs.read([0])
     pair = {"index": 0, **{name: np.asarray(pair[name])[-64:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}}
-    (batch,) = collate([pair])
+    batch = to_device(collate([pair])[0], device)
+    expected = torch.zeros(2)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        batch = to_device(batch, device)
-        logps = of_pairs(scorer(batch), batch)[0]
         for k, name in enumerate(("chosen_ids", "rejected_ids")):
             ids = torch.from_numpy(np.concatenate([pair["prompt_ids"], pair[name]]).astype(np.int64)).to(device)[None]
             targets = ids[:, len(pair["prompt_ids"]) :]
             logits = scorer.model(input_ids=ids, use_cache=False).logits[:, len(pair["prompt_ids"]) - 1 : -1].float()
-            expected = logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
-            if not math.isclose(logps[k].item(), expected.item(), rel_tol=2e-5, abs_tol=1e-2):
-                raise UserError(
-                    f"{type(scorer.model).__name__} can't be trained here: log-probabilities over shared prompts "
-                    f"({logps[k].item():.3f}) differ from its own ({expected.item():.3f}); its attention or its LM "
-                    "head is of another kind"
-                )
+            expected[k] = logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
+        found = of_pairs(scorer(batch), batch)[0].cpu().float()
+    with torch.no_grad(), accelerator.autocast():
+        roughly = of_pairs(scorer(batch), batch)[0].cpu().float()
+    for logps, rtol, atol in ((found, 2e-5, 1e-2), (roughly, 2e-2, 0.5)):
+        if not torch.allclose(logps, expected, rtol, atol):
+            raise UserError(
+                f"{type(scorer.model).__name__} can't be trained here: log-probabilities over shared prompts "
+                f"({logps[0]:.3f}, {logps[1]:.3f}) differ from its own ({expected[0]:.3f}, {expected[1]:.3f}); its "
+                "attention or its LM head is of another kind"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1008,17 +1017,24 @@ def train(flags: Flags) -> Path:
             # Otherwise accelerate lets several processes on CPUs run side by side and know nothing of each other, and
             # takes a Mac's GPU, which has no float64.
             cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                # The others wait while the first process tokenizes a million rows: longer than NCCL's 10 minutes.
+                InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+            ],
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision {flags.mixed_precision}: {error}") from None
     device, main = accelerator.device, accelerator.is_main_process
     say = accelerator.print
     set_seed(flags.seed)
+    # On Hopper and newer, cuDNN's attention is preferred and builds a graph for each new shape: here, for nearly each
+    # micro-batch. (From reading torch's sources; not measured.)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu" and not flags.demo:
         say(f"warning: torch {torch.__version__} sees no GPU: this runs on the CPU (is the driver too old for it?)")
     (output_dir,) = accelerate.utils.broadcast_object_list([choose_output_dir(flags) if main else None])
-    # About 1.7 MB of activations a token of Qwen2.5-0.5B: 14 GB on a GPU; a CPU gains nothing from large micro-batches.
+    # With BYTES_PER_TOKEN, 14 GB on a GPU. A CPU gains nothing from large micro-batches.
     micro_batch_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if device.type == "cuda" else 2048)
     check_writable(output_dir)
     if flags.report_to != "none":
@@ -1061,7 +1077,7 @@ def train(flags: Flags) -> Path:
     check_model(policy, tokenizer, flags)
     check_model(reference, tokenizer, flags)
     reference_scorer = ResponseScorer(reference.eval())
-    check_scorer(reference_scorer, data.train, collate, device)
+    check_scorer(reference_scorer, data.train, collate, accelerator)
     if reference is not policy:
         freeze(reference, flags.mixed_precision)
     if flags.torch_compile:
@@ -1080,6 +1096,10 @@ def train(flags: Flags) -> Path:
         output_dir.mkdir(parents=True, exist_ok=True)
         print("\n".join(header(flags, accelerator, policy, data, tokenizer, steps, total_steps, output_dir)))
 
+    if flags.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device.type == "cuda" and not flags.eval_only:
+        rehearse(policy, None if reference is policy else reference_scorer, accelerator, collate, flags.max_length)
     train_reference, eval_reference = (
         ReferenceLogps(pairs, collate, reference_scorer, accelerator) for pairs in (data.train, data.held_out)
     )
@@ -1090,8 +1110,6 @@ def train(flags: Flags) -> Path:
         train_reference.scorer = eval_reference.scorer = None
         del reference, reference_scorer  # no second model in memory
 
-    if flags.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scorer = ResponseScorer(policy.train())
     scorer, optimizer = accelerator.prepare(
         scorer,
@@ -1203,8 +1221,6 @@ def train(flags: Flags) -> Path:
             print("\n".join(["", *table, *describe_answers(before, after), "", f"report {output_dir / 'report.md'}"]))
         accelerator.end_training()
         return output_dir
-    if device.type == "cuda":
-        rehearse(scorer, optimizer, accelerator, collate)
     if step == 0:
         before = look(answers=True)
         log_eval(before)
@@ -1220,6 +1236,7 @@ def train(flags: Flags) -> Path:
     loader = torch.utils.data.DataLoader(
         steps, sampler=range(step, total_steps), batch_size=None,
         num_workers=1 if device.type == "cuda" else 0, pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()))
     clock, n_tokens, n_pairs_timed = time.perf_counter(), 0, 0
@@ -1398,47 +1415,61 @@ def check_first_step(window: torch.Tensor, same_start: bool, flags: Flags) -> No
         )
 
 
-def rehearse(scorer: torch.nn.Module, optimizer, accelerator: Accelerator, collate: TreeCollator) -> None:
-    """Forward and backward of the largest micro-batch there can be: if memory runs out, then now and not after an hour.
+def rehearse(
+    policy: PreTrainedModel, reference: ResponseScorer | None, accelerator: Accelerator, collate: TreeCollator,
+    max_length: int,
+) -> None:  # fmt: skip
+    """Forward and backward of the largest micro-batch there can be, with gradients in place, room taken for AdamW, and
+    the reference's forward pass between: if memory runs out, then now and not after an hour.
 
     Raises:
         UserError: with the number of tokens that should fit.
     """
-    device, n_tokens = accelerator.device, collate.micro_batch_tokens
-    # AdamW makes its two numbers for each weight in its first step: until then, their room is taken by this.
-    n_weights = 0 if optimizer.state else sum(weight.numel() for weight in scorer.parameters())
-    room_for_adam = torch.empty(2 * n_weights, device=device)
-    resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    pair = {
-        "index": 0,
-        "prompt_ids": [0],
-        "chosen_ids": [0] * (n_tokens // 2),
-        "rejected_ids": [1] * (n_tokens // 2 - 1),
-    }
-    (batch,) = collate([pair])
+    device, n_tokens, weights = accelerator.device, collate.micro_batch_tokens, list(policy.parameters())
+    cuda = device.type == "cuda"
+    resident = torch.cuda.memory_allocated() if cuda else 0
     try:
-        with accelerator.no_sync(scorer):
-            accelerator.backward(scorer(to_device(batch, device)).sum() * 0.0)
+        room_for_adam = torch.empty(2 * sum(weight.numel() for weight in weights), device=device)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        responses = [[n] + [0] * (max_length - 2) for n in range((n_tokens - 1) // (max_length - 1))]
+        pairs = [
+            {"index": n, "prompt_ids": [0], "chosen_ids": responses[n], "rejected_ids": responses[n + 1]}
+            for n in range(len(responses) - 1)
+        ]
+        batch = to_device(collate(pairs)[0], device)
+        with accelerator.autocast():
+            logps = ResponseScorer(policy.train())(batch)
+            if reference is not None:
+                with torch.no_grad():
+                    reference(batch)
+            (logps.sum() * 0.0).backward()
+        del room_for_adam
     except torch.OutOfMemoryError:
-        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-        limit = min(total, torch.cuda.get_per_process_memory_fraction(device) * total) if total else 0
-        raise UserError(out_of_memory(n_tokens, resident, int(limit), scorer)) from None
-    del room_for_adam
-    for weight in scorer.parameters():
-        weight.grad = None
+        free, limit = 0, 0
+        if cuda:  # what others have taken of the card is not ours, nor what lies beyond the process's share
+            free, total = torch.cuda.mem_get_info()
+            limit = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+        raise UserError(out_of_memory(n_tokens, resident, int(limit), policy)) from None
+    finally:
+        policy.eval()
+        for weight in weights:
+            weight.grad = None
 
 
-def out_of_memory(n_tokens: int, resident: int, limit: int, scorer: torch.nn.Module) -> str:
+def out_of_memory(n_tokens: int, resident: int, limit: int, policy: torch.nn.Module) -> str:
     """What to do, in one line, when `n_tokens` don't fit into `limit` bytes of which `resident` are taken."""
-    parameters = [weight for weight in scorer.parameters() if weight.requires_grad]
-    per_token = 1.7e6 * sum(weight.numel() for weight in parameters) / 494e6  # docs/performance.md
-    room = limit - resident - 4 * sum(weight.numel() for weight in parameters)  # the gradients
+    n_weights = sum(weight.numel() for weight in policy.parameters())
+    checkpointing = getattr(policy, "is_gradient_checkpointing", False)
+    more = "a larger GPU" if checkpointing else "--gradient_checkpointing, or a larger GPU"
+    per_token = BYTES_PER_TOKEN[checkpointing] * n_weights / 494e6
+    room = limit - resident - 12 * n_weights  # gradients and AdamW
     fits = min(int(0.8 * n_tokens), int(room / per_token)) // 256 * 256
     if fits < 512:
-        return "the GPU's memory is too small for this model: try --gradient_checkpointing, or a larger GPU"
+        return f"the GPU's memory is too small for this model: try {more}"
     return (
         f"the GPU's memory is too small for --micro_batch_tokens {n_tokens}: {fits} should fit (at least twice "
-        "--max_length is needed), or try --gradient_checkpointing"
+        f"--max_length is needed), or try {more}"
     )
 
 
@@ -1471,6 +1502,12 @@ def catch_signals(accelerator: Accelerator) -> tuple[Callable[[], bool], Callabl
             signal.signal(number, handler)
 
     return interrupted, give_back
+
+
+def leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C and SIGTERM go to whole process groups: a loader that died of them would end the run in the middle."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def resume_command(output_dir: Path) -> str:

@@ -249,23 +249,30 @@ def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
     """On a CPU here; it has not run on a GPU yet."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
-    scorer = dpo_train.ResponseScorer(tiny_qwen2(len(tokenizer)))
-    before = copy.deepcopy(scorer.state_dict())
-    dpo_train.rehearse(scorer, torch.optim.AdamW(scorer.parameters()), accelerator, dpo_train.TreeCollator(300))
-    assert all(weight.grad is None for weight in scorer.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in scorer.state_dict().items())
+    policy, seen = tiny_qwen2(len(tokenizer)), []
+    reference = dpo_train.ResponseScorer(copy.deepcopy(policy))
+    reference.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    before = copy.deepcopy(policy.state_dict())
+    dpo_train.rehearse(policy, reference, accelerator, dpo_train.TreeCollator(300), max_length=64)
+    assert all(weight.grad is None for weight in policy.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+    (batch,) = seen
+    assert batch["input_ids"].shape == (1, 1 + 4 * 63) and batch["position_ids"].max() == 63
 
-    def full(batch):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    scorer.forward = full
+    policy.forward = policy.base_model.forward = full
     with pytest.raises(dpo_train.UserError, match="memory is too small"):
-        dpo_train.rehearse(scorer, torch.optim.AdamW(scorer.parameters()), accelerator, dpo_train.TreeCollator(8192))
-    text = dpo_train.out_of_memory(8192, 9_000_000, 22_000_000, tiny_scorer_of(31_616))
-    assert "--micro_batch_tokens 8192: 6400 should fit" in text and "\n" not in text
+        dpo_train.rehearse(policy, reference, accelerator, dpo_train.TreeCollator(8192), max_length=1024)
+    # 31,616 weights: 108.8 bytes a token, 12 * 31,616 for gradients and AdamW; room for 5,000 tokens is left.
+    limit = 9_000_000 + 12 * 31_616 + 5_000 * 109
+    text = dpo_train.out_of_memory(8192, 9_000_000, limit, tiny_model_of(31_616))
+    assert "--micro_batch_tokens 8192: 4864 should fit" in text and "--gradient_checkpointing" in text
+    assert "\n" not in text
 
 
-def tiny_scorer_of(n_parameters):
+def tiny_model_of(n_parameters):
     return torch.nn.ParameterList([torch.zeros(n_parameters)])
 
 

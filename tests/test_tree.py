@@ -84,7 +84,6 @@ def test_trees_equal_separate_rows(implementation, collate, monkeypatch):
     if "emulated" in implementation:
         monkeypatch.setattr(dpo_train, "varlen_attn", emulated_varlen_attn)
         monkeypatch.setattr(dpo_train, "_tree", lambda segments, _, device: dpo_train._tree_at_once(segments, device))
-        monkeypatch.setattr(dpo_train, "_attend_by_segment", dpo_train._attend_at_once)
     pairs = make_pairs()
     model = tiny_qwen2(N_WORDS)
     model.set_attn_implementation(implementation.split()[0])
@@ -101,6 +100,11 @@ def test_trees_equal_separate_rows(implementation, collate, monkeypatch):
         torch.testing.assert_close(
             gradient, theirs[name], atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_what_the_kernel_of_a_gpu_does_not_know_goes_by_segment():
+    segments, gpu = [(0, 3, 0, 0)], torch.device("cuda")
+    assert dpo_train._tree(segments, torch.float32, gpu) == [((0, 3, 0, 0), None)]
 
 
 @pytest.mark.parametrize("mistake", ["causal mask only", "positions run on", "tree ids ignored"])
