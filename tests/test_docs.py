@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 GUIDES = [DOCS / "guide.md", DOCS / "guide.zh.md"]
-OTHER_TOOLS = {  # flags of accelerate launch, of uv and of tests/benchmark.py and study_order.py
+OTHER_TOOLS = {  # flags of accelerate launch, of uv, of TRL (bf16), and of tests/benchmark.py and study_order.py
     "multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "with",
-    "model", "pairs", "steps", "only", "seeds",
+    "bf16", "model", "pairs", "steps", "only", "seeds", "bytes_per_token",
 }  # fmt: skip
 FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 

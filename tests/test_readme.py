@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def test_the_commands_work_as_printed(clone):
         words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
         if words == ["pytest"]:
             continue  # this is it
+        if words[:2] == ["pip", "install"]:  # installed here from the same list
+            project = tomllib.loads((clone / "pyproject.toml").read_text())["project"]
+            assert sorted(words[2:]) == sorted(project["dependencies"])
+            continue
         program = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words
         program = [sys.executable, *program, *SHORTER.get(words[0], [])]
         done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=280)
