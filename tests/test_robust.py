@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import torch
 from conftest import make_rows
@@ -25,13 +24,13 @@ def test_killed_at_random_moments_and_resumed(tmp_path, pytestconfig):
     n_kills = pytestconfig.getoption("kills")
     words = [
         sys.executable, "dpo_train.py", "--demo", "--max_train_samples", "400", "--train_batch_size", "16",
-        "--max_steps", str(8 + 2 * n_kills), "--save_steps", "1", "--max_eval_samples", "20", "--eval_steps", "0",
+        "--max_steps", str(8 + 5 * n_kills), "--save_steps", "1", "--max_eval_samples", "20", "--eval_steps", "0",
         "--max_new_tokens", "0", "--logging_steps", "1",
     ]  # fmt: skip
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    started = time.monotonic()
     subprocess.run([*words, "--output_dir", str(whole)], cwd=ROOT, check=True, capture_output=True)
-    seconds = time.monotonic() - started
+    one_before, last = sorted(path.stat().st_mtime for path in whole.glob("checkpoint-*"))  # two are kept
+    seconds_per_step = last - one_before
 
     rng, kills, resumes = random.Random(0), 0, 0
     while True:
@@ -43,11 +42,13 @@ def test_killed_at_random_moments_and_resumed(tmp_path, pytestconfig):
             [*words, "--output_dir", str(folder), *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         if kills < n_kills:
-            for line in process.stdout:  # wait for the steps to begin: a kill before them tests nothing
-                if line.startswith(b"step "):
+            n_steps = rng.randint(1, 3)
+            for line in process.stdout:  # wait for a few steps: a kill before them tests nothing
+                n_steps -= line.startswith(b"step ")
+                if not n_steps:
                     break
             try:
-                process.communicate(timeout=rng.uniform(0, seconds / 4 / n_kills))
+                process.communicate(timeout=rng.uniform(0, 2 * seconds_per_step))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
@@ -55,7 +56,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path, pytestconfig):
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, error.decode()
-    assert kills and resumes
+    assert kills == n_kills and resumes
     ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     trajectories = [
