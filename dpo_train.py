@@ -43,6 +43,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers import (
@@ -101,7 +102,7 @@ class Flags:
     label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels, 0 to below 0.5")
     max_length: int = flag(1024, "tokens of prompt + response; longer pairs are cut, see dataset.py")
     max_train_samples: int | None = flag(None, "train on this many pairs at most (default: all)")
-    max_eval_samples: int = flag(512, "hold out this many pairs at most, whole prompts, and at most a tenth; 0: none")
+    max_eval_samples: int = flag(512, "hold out this many pairs at most, by prompt, and at most a tenth; 0: none")
     train_batch_size: int = flag(64, "pairs in one optimizer step, over all processes")
     micro_batch_tokens: int | None = flag(
         None, "tokens in one forward pass of one process; sets the memory, not the result (default: GPU 8192, CPU 2048)"
@@ -120,8 +121,10 @@ class Flags:
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     torch_compile: bool = flag(False, "compile the model's layers (never run on a GPU by us yet)")
-    attn_implementation: Literal["auto", "tree", "sdpa", "eager"] = flag(
-        "auto", "tree: no mask (never run on a GPU by us yet); sdpa, eager: with a mask; auto: GPU sdpa, CPU tree"
+    attn_implementation: Literal["auto", "tree", "flex", "sdpa", "eager"] = flag(
+        "auto",
+        "tree: no mask, flex: FlexAttention, GPU only (neither has run on a GPU by us yet); sdpa, eager: with a mask; "
+        "auto: GPU sdpa, CPU tree",
     )
     precompute_ref_log_probs: bool = flag(
         False, "one pass with the reference before training, then no second model; kept for other runs in HF_HOME"
@@ -243,6 +246,11 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
             not flags.eval_only or flags.ref_model_name_or_path is not None and flags.max_eval_samples > 0,
             "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0",
         ),
+        (
+            "attn_implementation",
+            flags.attn_implementation != "flex" or torch.cuda.is_available(),
+            "needs a GPU: FlexAttention has no backward pass on CPUs",
+        ),
         ("warmup_steps", flags.max_steps < 0 or flags.warmup_steps < flags.max_steps, "must be below --max_steps"),
     ]
     if flags.report_to != "none":
@@ -284,7 +292,9 @@ def choose_output_dir(flags: Flags) -> Path:
     """The folder of this run. A folder that holds another run is never written to."""
     if flags.output_dir is not None:
         folder = Path(flags.output_dir)
-        if _holds_run(folder) and flags.resume_from_checkpoint is None:
+        resume = flags.resume_from_checkpoint
+        its_own = resume == "latest" or resume and Path(resume).resolve().parent == folder.resolve()
+        if _holds_run(folder) and not its_own:
             raise UserError(
                 f"--output_dir {folder} holds another run: give another folder, or go on with "
                 "`--resume_from_checkpoint latest`"
@@ -421,10 +431,13 @@ class ResponseScorer(torch.nn.Module):
         head = self.model.get_output_embeddings().weight  # [V, H]
         device = head.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
-        if self.model.config._attn_implementation == "tree":
-            attention = {"attention_mask": None, "tree": _tree(batch["segments"], dtype, device)}
-        else:  # [R, 1, T, T]
-            attention = {"attention_mask": tree_mask(batch["branch_ids"], batch["tree_ids"], dtype)}
+        match self.model.config._attn_implementation:
+            case "tree":
+                attention = {"attention_mask": None, "tree": _tree(batch["segments"], dtype, device)}
+            case "flex":
+                attention = {"attention_mask": None, "tree": _blocks(batch["branch_ids"], batch["tree_ids"])}
+            case _:  # [R, 1, T, T]
+                attention = {"attention_mask": tree_mask(batch["branch_ids"], batch["tree_ids"], dtype)}
         hidden = self.model.base_model(
             input_ids=batch["input_ids"],  # [R, T]
             position_ids=batch["position_ids"],
@@ -439,7 +452,7 @@ class ResponseScorer(torch.nn.Module):
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
-    """Attention of a row of token trees, segment by segment: no [T, T] mask, and nothing computed that it would hide.
+    """Attention of a row of token trees, without a [T, T] mask of numbers and without computing what it would hide.
 
     A prompt sees itself, a response sees its prompt and itself. transformers calls this in each layer, with query
     [1, heads, T, D], key and value [1, key heads, T, D], and hands `tree` through; without it (generating), it is sdpa.
@@ -447,11 +460,12 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave float32 behind
-    attend = _attend_at_once if isinstance(tree, tuple) else _attend_by_segment
+    attend = {list: _attend_by_segment, tuple: _attend_at_once, BlockMask: _attend_by_blocks}[type(tree)]
     return attend(query, key, value, scaling, tree), None  # [1, T, heads, D]
 
 
 AttentionInterface.register("tree", tree_attention)
+AttentionInterface.register("flex", tree_attention)
 
 
 def _tree(segments: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device):
@@ -505,6 +519,25 @@ def _attend_at_once(query, key, value, scaling, tree) -> torch.Tensor:
         query.contiguous(), keys, values, query_ends, key_ends, max_queries, max_keys,
         scale=scaling, window_size=(-1, 0), enable_gqa=True,
     )[None]  # fmt: skip
+
+
+compiled_flex_attention = torch.compile(flex_attention, dynamic=True)  # without compiling, it makes the whole mask
+
+
+def _blocks(branch_ids: torch.Tensor, tree_ids: torch.Tensor) -> BlockMask:
+    """Which blocks of 128 queries by 128 keys have anything to see, by the rule of `tree_mask`."""
+    branch, tree = branch_ids[0], tree_ids[0]  # [T]
+
+    def sees(_batch, _head, query, key):
+        return (query >= key) & (tree[query] == tree[key]) & ((branch[key] == 0) | (branch[key] == branch[query]))
+
+    return create_block_mask(sees, None, None, len(branch), len(branch), device=branch.device)
+
+
+def _attend_by_blocks(query, key, value, scaling, tree) -> torch.Tensor:
+    """Never run on a GPU by us yet: a test has run it uncompiled on a CPU, gradients included."""
+    output = compiled_flex_attention(query, key, value, block_mask=tree, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous()
 
 
 def freeze(model: PreTrainedModel, mixed_precision: str) -> PreTrainedModel:
@@ -911,7 +944,9 @@ def save_checkpoint(folder: Path, limit: int, write, state: dict[str, Any]) -> N
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _sync(folder)
-    for old in find_checkpoints(folder)[limit:]:
+    # Later ones are damaged: the run has passed over them, or else it would have gone on from there.
+    kept = [path for path in find_checkpoints(folder) if _number(path) <= state["step"]][:limit]
+    for old in set(find_checkpoints(folder)) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -926,7 +961,11 @@ def _sync(path: Path) -> None:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -945,13 +984,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is no whole checkpoint ({error})") from None
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(read_state(checkpoint))
+    return False
+
+
 def choose_checkpoint(flags: Flags, output_dir: Path, say) -> Path | None:
     """The checkpoint to go on from. `latest` passes over damaged ones, and says so."""
     if flags.resume_from_checkpoint is None:
         return None
     if flags.resume_from_checkpoint != "latest":
-        read_state(Path(flags.resume_from_checkpoint))
-        return Path(flags.resume_from_checkpoint)
+        chosen = Path(flags.resume_from_checkpoint)
+        step = read_state(chosen)["step"]
+        newer = [path for path in find_checkpoints(output_dir) if _number(path) > step and _is_whole(path)]
+        if newer:
+            raise UserError(
+                f"--resume_from_checkpoint {chosen}: {newer[0]} is newer and would be lost; go on with `latest`, or "
+                "give another --output_dir"
+            )
+        return chosen
     for checkpoint in find_checkpoints(output_dir):
         try:
             read_state(checkpoint)
@@ -1058,7 +1110,7 @@ def train(flags: Flags) -> Path:
             flags.max_eval_samples,
             flags.domains.split(",") if flags.domains else None,
         )
-    collate = TreeCollator(micro_batch_tokens, one_row=choose_attention(flags) == "tree")
+    collate = TreeCollator(micro_batch_tokens, one_row=choose_attention(flags) in ("tree", "flex"))
     steps = StepBatches(data.train, collate, flags, accelerator)
     total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
     warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
@@ -1381,8 +1433,6 @@ def worries(line: dict, flags: Flags, warmup_steps: int) -> Iterator[tuple[str, 
             why = f"the learning rate is still rising, until step {warmup_steps} (--warmup_ratio, --warmup_steps)"
         elif line["grad_norm"] == 0:
             why = "the gradients are 0"
-        elif max(line["lengths/chosen"], line["lengths/rejected"]) < 2:
-            why = "the responses are empty: a token each"
         elif flags.beta < 0.01:
             why = f"--beta {flags.beta} is so small that the rewards, beta times log-ratio, hardly differ"
         else:
@@ -1647,4 +1697,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # into a pipe or a file, too, a line comes when it is said
     sys.exit(main())

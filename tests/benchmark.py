@@ -2,7 +2,7 @@
 
     uv run tests/benchmark.py                                                # ours only: the sample model, a smoke run
     uv run --with trl tests/benchmark.py --model Qwen/Qwen2.5-0.5B --pairs 32 --max_length 512
-    uv run --with trl tests/benchmark.py --model PATH --data COIG-P.jsonl --only "ours|trl 2 .*" --steps 4
+    uv run --with trl tests/benchmark.py --model PATH --data COIG-P.jsonl --only "ours|trl 2.*" --steps 4
     uv run tests/benchmark.py --model PATH --bytes_per_token                 # what a token costs in activations
 
 Each line of the table is a process of its own (so that peaks of memory don't mix), started with the same environment.
@@ -45,14 +45,19 @@ class Config:
     @property
     def name(self) -> str:
         """`ours sdpa`, `trl 2 checkpointing precomputed`: what is on, in short."""
-        short = {"gradient_checkpointing": "checkpointing", "precompute_ref_log_probs": "precomputed"}
+        short = {
+            "gradient_checkpointing": "checkpointing",
+            "precompute_ref_log_probs": "precomputed",
+            "torch_compile": "compiled",
+        }
         words = [short.get(name, name) if value is True else str(value) for name, value in self.flags.items() if value]
         return " ".join([self.trainer, *words])
 
 
 CONFIGS = [
     Config("ours"),
-    Config("ours", {"attn_implementation": "sdpa"}),
+    *(Config("ours", {"attn_implementation": name}) for name in ("sdpa", "tree", "flex")),  # flex: GPU only
+    Config("ours", {"torch_compile": True}),
     Config("ours", {"precompute_ref_log_probs": True}),
     Config("ours", {"gradient_checkpointing": True}),
     Config("ours, sharing off"),

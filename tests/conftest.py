@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # most users' machines don't set it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
 torch.set_num_threads(1)  # the fastest for models of this size, and the same on every machine
 

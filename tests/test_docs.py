@@ -65,7 +65,7 @@ def test_python_blocks_print_what_the_page_shows(guide):
             assert printed.getvalue().rstrip() == found[i + 1][1].rstrip()
 
 
-def test_the_two_languages_have_the_same_parts():
+def test_the_two_guides_have_the_same_parts():
     english, chinese = map(read, GUIDES)
 
     def without_comments(text):
@@ -134,7 +134,7 @@ def test_formulas_survive_markdown(page):
         assert re.fullmatch(r"(?:[^$]|(?<![^\s(*|])\$[^\s$](?:[^$]*[^\s$])?\$(?![^\s.,;:)*|-]))*", bare), line
 
 
-def test_drawings_are_those_of_the_script(tmp_path, monkeypatch):
+def test_hand_drawn_figures_are_those_of_the_script(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("make_figures", DOCS / "figures" / "make_figures.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -147,3 +147,11 @@ def test_drawings_are_those_of_the_script(tmp_path, monkeypatch):
     assert len(drawings) == 4
     for drawing in drawings:
         assert read(drawing) == read(DOCS / "figures" / drawing.name)
+
+
+def test_the_two_performance_pages_have_the_same_figures():
+    def figures(name):
+        rows = [line for line in read(DOCS / name).splitlines() if re.match(r"\| .*\d", line)]
+        return [re.findall(r"\d+\.\d+", row) for row in rows]
+
+    assert figures("performance.md") == figures("performance.zh.md") and len(figures("performance.md")) > 20

@@ -75,5 +75,5 @@ def test_the_trained_demo_model_answers_and_stops_by_itself(clone):
     assert "小军" in done.stdout and len(done.stdout) < 100, done.stderr[-2000:]
 
 
-def test_both_languages_show_the_same_commands():
+def test_both_languages_show_the_same_runnable_commands():
     assert set(commands(ROOT / "docs" / "README.zh.md")) == set(commands(ROOT / "README.md"))

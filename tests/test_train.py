@@ -321,12 +321,33 @@ def test_checkpoints_are_whole_and_limited(model_dir, data_file, tmp_path):
     folder = tmp_path / "run"
     run(model_dir, data_file, folder, save_steps=3, save_total_limit=2)
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-12", "checkpoint-14"]
+    older = {"resume_from_checkpoint": folder / "checkpoint-12"}
+    with pytest.raises(dpo_train.UserError, match="checkpoint-14 is newer and would be lost; go on with `latest`, or"):
+        run(model_dir, data_file, folder, **older)
+    branch = run(model_dir, data_file, tmp_path / "branch", **older)
+    assert [line["step"] for line in branch if "loss" in line] == [13, 14]
+    with pytest.raises(dpo_train.UserError, match="branch holds another run"):
+        run(model_dir, data_file, tmp_path / "branch", **older)
     (folder / "checkpoint-14" / "optimizer.pt").write_bytes(b"half")
     AcceleratorState._reset_state(reset_partial_state=True)
     said = []
     flags = dpo_train.parse_flags(arguments(model_dir, data_file, folder, resume_from_checkpoint="latest"))
     assert dpo_train.choose_checkpoint(flags, folder, said.append).name == "checkpoint-12"
     assert "checkpoint-14 is no whole checkpoint (optimizer.pt has another size" in said[0]
+
+
+def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_higher_number(tmp_path):
+    def save(step, limit):
+        dpo_train.save_checkpoint(tmp_path, limit, lambda folder: (folder / "x").write_text("whole"), {"step": step})
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    save(1, 9)
+    save(2, 9)
+    save(3, 9)
+    (tmp_path / "checkpoint-3" / "x").write_text("hal")  # `latest` goes on from 2
+    assert save(4, 9) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    (tmp_path / "checkpoint-4" / "x").write_text("hal")
+    assert save(3, 1) == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize(
@@ -473,7 +494,7 @@ def test_bad_rows_among_good_ones(model_dir, tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_the_run(model_dir, data_file, tmp_path, monkeypatch, what):
-    """Pair 7's loss, or only its gradient, becomes NaN at the first step that has it after a checkpoint."""
+    """A pair's loss, or only the gradient, is not finite in the fifth step: its rows are named, the weights kept."""
     real, armed = dpo_train.pair_metrics, []
 
     def poisoned(policy, reference, flags):
@@ -491,7 +512,10 @@ def test_a_step_that_is_not_finite_stops_the_run(model_dir, data_file, tmp_path,
     with pytest.raises(dpo_train.UserError) as error:
         run(model_dir, data_file, tmp_path / "run", save_steps=1, save_total_limit=9)
     rows = re.search(r"at step 5 is not finite \(row ([0-9, ]+) of the data\); the weights were not", str(error.value))
-    assert len(rows.group(1).split(", ")) == {"loss": 1, "gradient": 8}[what]
+    data = prepare(load_rows(str(data_file)), AutoTokenizer.from_pretrained(model_dir), 128, None, 8)
+    step = epoch_order(data.train.keys, 42, 0)[32:40]
+    named = [int(row) for row in rows.group(1).split(", ")]
+    assert sorted(set(data.train.rows[step]) & set(named)) == named and len(named) == {"loss": 1, "gradient": 8}[what]
     assert "--resume_from_checkpoint latest" in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in dpo_train.find_checkpoints(tmp_path / "run")][0] == "checkpoint-4"
 

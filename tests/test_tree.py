@@ -75,18 +75,21 @@ def emulated_varlen_attn(
     *itertools.product(["sdpa", "eager"], [
         TreeCollator(10_000), TreeCollator(64), TreeCollator(10_000, one_row=True), TreeCollator(10_000, share=False),
     ]),
-    *itertools.product(["tree", "tree as on a GPU, emulated"], [
+    *itertools.product(["tree", "tree as on a GPU, emulated", "flex, not compiled"], [
         TreeCollator(10_000, one_row=True), TreeCollator(64, one_row=True),
         TreeCollator(10_000, one_row=True, share=False),
     ]),
 ])  # fmt: skip
 def test_trees_equal_separate_rows(implementation, collate, monkeypatch):
+    if "flex" in implementation:  # torch refuses gradients on CPUs, since its compiled kernel has none there
+        monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+        monkeypatch.setattr(dpo_train, "compiled_flex_attention", torch.nn.attention.flex_attention.flex_attention)
     if "emulated" in implementation:
         monkeypatch.setattr(dpo_train, "varlen_attn", emulated_varlen_attn)
         monkeypatch.setattr(dpo_train, "_tree", lambda segments, _, device: dpo_train._tree_at_once(segments, device))
     pairs = make_pairs()
     model = tiny_qwen2(N_WORDS)
-    model.set_attn_implementation(implementation.split()[0])
+    model.set_attn_implementation(implementation.split()[0].rstrip(","))
     other = copy.deepcopy(model)
     weights = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1))
 
@@ -100,6 +103,17 @@ def test_trees_equal_separate_rows(implementation, collate, monkeypatch):
         torch.testing.assert_close(
             gradient, theirs[name], atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_flex_compiled_without_gradients(slow):
+    """What can be compiled on a CPU: several lengths, so that the kernel is made for any length."""
+    pairs, model = make_pairs(), tiny_qwen2(N_WORDS)
+    model.set_attn_implementation("flex")
+    with torch.no_grad():
+        expected = separate_rows(model.eval(), pairs)
+        for budget in (64, 128, 10_000):
+            ours = trees(ResponseScorer(model), pairs, TreeCollator(budget, one_row=True))
+            torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=1e-5)
 
 
 def test_what_the_kernel_of_a_gpu_does_not_know_goes_by_segment():
@@ -203,12 +217,14 @@ def test_answers_do_not_depend_on_the_attention():
     model = tiny_qwen2(N_WORDS).eval()
     prompt = torch.arange(1, 20)[None]
     answers = []
-    for implementation in ("sdpa", "tree"):
+    for implementation in ("sdpa", "tree", "flex"):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             answers.append(model.generate(prompt, max_new_tokens=30, do_sample=False).tolist())
-            torch.testing.assert_close(model(prompt).logits, model(prompt, use_cache=False).logits)
-    assert answers[0] == answers[1]
+            cache = model(prompt[:, :-1], use_cache=True).past_key_values
+            last = model(prompt[:, -1:], past_key_values=cache).logits
+            torch.testing.assert_close(last, model(prompt, use_cache=False).logits[:, -1:])
+    assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.parametrize("stored_in_bf16", [True, False])
