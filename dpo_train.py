@@ -425,12 +425,15 @@ class ResponseScorer(torch.nn.Module):
         super().__init__()
         self.model = model
         self.head_grad: torch.Tensor | None = None  # see `weight_grad` of response_logps
+        self.cast_head: torch.Tensor | None = None  # the head as it computes; whoever moves the weights removes it
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """[M] summed log-probabilities in nats, float64, of a micro-batch as `TreeCollator` makes it."""
         head = self.model.get_output_embeddings().weight  # [V, H]
         device = head.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
+        if self.head_grad is not None:  # its gradient goes past autograd, so it can be cast once for a whole step
+            self.cast_head = head = head.detach().to(dtype) if self.cast_head is None else self.cast_head
         match self.model.config._attn_implementation:
             case "tree":
                 attention = {"attention_mask": None, "tree": _tree(batch["segments"], dtype, device)}
@@ -1162,11 +1165,11 @@ def train(flags: Flags) -> Path:
         train_reference.scorer = eval_reference.scorer = None
         del reference, reference_scorer  # no second model in memory
 
-    scorer = ResponseScorer(policy.train())
+    bare_scorer = ResponseScorer(policy.train())
     scorer, optimizer = accelerator.prepare(
-        scorer,
+        bare_scorer,
         torch.optim.AdamW(
-            scorer.parameters(), lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+            bare_scorer.parameters(), lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-8,
             weight_decay=flags.weight_decay, fused=True,
         ),
     )  # fmt: skip
@@ -1281,7 +1284,7 @@ def train(flags: Flags) -> Path:
 
     if accelerator.num_processes == 1:
         head = policy.get_output_embeddings().weight
-        head.grad = scorer.head_grad = torch.zeros_like(head)
+        head.grad = bare_scorer.head_grad = torch.zeros_like(head)
 
     # The loop.
     interrupted, give_signals_back = catch_signals(accelerator)
@@ -1321,6 +1324,7 @@ def train(flags: Flags) -> Path:
         if device.type == "cpu":
             check_finite()
         optimizer.step()
+        bare_scorer.cast_head = None
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         optimizer.zero_grad(set_to_none=False)

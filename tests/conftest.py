@@ -1,5 +1,6 @@
 """A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
 
+import itertools
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import dpo_train
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # most users' machines don't set it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
@@ -110,3 +113,32 @@ def pytest_addoption(parser):
 def slow(pytestconfig):
     if not pytestconfig.getoption("slow"):
         pytest.skip("slow: --slow runs it")
+
+
+def emulate_gpu_attention(monkeypatch, implementation):
+    """On a CPU, what `implementation` does on a GPU, in plain torch operations, gradients included."""
+    if implementation == "tree":
+        monkeypatch.setattr(dpo_train, "varlen_attn", emulated_varlen_attn)
+        monkeypatch.setattr(dpo_train, "_tree", lambda segments, _, device: dpo_train._tree_at_once(segments, device))
+    else:  # torch refuses gradients on CPUs, since the compiled kernel has none there
+        monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+        monkeypatch.setattr(dpo_train, "compiled_flex_attention", torch.nn.attention.flex_attention.flex_attention)
+    monkeypatch.setattr(dpo_train, "choose_attention", lambda flags: implementation)
+
+
+def emulated_varlen_attn(
+    query, key, value, query_ends, key_ends, max_queries, max_keys, scale, window_size, enable_gqa
+):
+    """torch's varlen_attn by its documentation: sequences end to end, causal from the lower right corner."""
+    assert window_size == (-1, 0) and enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
+    bounds = [list(itertools.pairwise(ends.tolist())) for ends in (query_ends, key_ends)]
+    assert [max(b - a for a, b in side) for side in bounds] == [max_queries, max_keys]
+    assert query_ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
+    outputs = []
+    for (a, b), (c, d) in zip(*bounds, strict=True):
+        n_repeat = query.shape[1] // key.shape[1]
+        k, v = (x[c:d].repeat_interleave(n_repeat, dim=1).transpose(0, 1) for x in (key, value))
+        scores = query[a:b].transpose(0, 1) @ k.transpose(1, 2) * scale
+        later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        outputs.append((scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)

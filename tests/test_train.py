@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
-from conftest import make_rows, tiny_qwen2, write_jsonl
+from conftest import emulate_gpu_attention, make_rows, tiny_qwen2, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -161,6 +161,14 @@ def test_the_run_equals_a_naive_loop(plain_run, model_dir, data_file):
 def test_one_trajectory_for_every_way_of_computing_it(plain_run, model_dir, data_file, tmp_path, changes):
     expected = losses(plain_run[1])
     assert losses(run(model_dir, data_file, tmp_path / "run", **changes)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["tree", "flex"])
+def test_one_trajectory_with_the_attention_of_gpus(
+    plain_run, model_dir, data_file, tmp_path, monkeypatch, implementation
+):
+    emulate_gpu_attention(monkeypatch, implementation)
+    assert losses(run(model_dir, data_file, tmp_path / "run")) == pytest.approx(losses(plain_run[1]), abs=1e-5)
 
 
 def test_compiled_layers_give_the_same_losses(slow, model_dir, data_file, tmp_path):
@@ -375,6 +383,15 @@ def test_resuming_another_run_is_refused(model_dir, data_file, tmp_path, tokeniz
 def test_bf16_computes_in_bf16_over_float32_weights(model_dir, data_file, tmp_path, monkeypatch):
     seen = set()
     forward = torch.nn.functional.scaled_dot_product_attention
+    score = dpo_train.ResponseScorer.forward
+    n_cast = []
+
+    def look_at_head(self, batch):
+        logps = score(self, batch)
+        if self.cast_head is not None:
+            n_cast.append(self.cast_head.data_ptr())
+            assert torch.equal(self.cast_head, self.model.get_output_embeddings().weight.bfloat16())
+        return logps
 
     def spy(query, *args, **kwargs):
         out = forward(query, *args, **kwargs)
@@ -383,7 +400,9 @@ def test_bf16_computes_in_bf16_over_float32_weights(model_dir, data_file, tmp_pa
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     monkeypatch.setattr(dpo_train, "check_scorer", lambda *_: None)  # it computes in float32
+    monkeypatch.setattr(dpo_train.ResponseScorer, "forward", look_at_head)
     metrics = run(model_dir, data_file, tmp_path / "run", mixed_precision="bf16")
+    assert len(n_cast) >= len(losses(metrics))
     assert seen == {torch.bfloat16}
     assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6) and losses(metrics)[-1] < 0.55
     assert {weight.dtype for weight in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_qwen2
+from conftest import emulate_gpu_attention, tiny_qwen2
 
 import dataset
 import dpo_train
@@ -53,43 +53,22 @@ def gradients(model):
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-def emulated_varlen_attn(
-    query, key, value, query_ends, key_ends, max_queries, max_keys, scale, window_size, enable_gqa
-):
-    """torch's varlen_attn by its documentation: sequences end to end, causal from the lower right corner."""
-    assert window_size == (-1, 0) and enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
-    bounds = [list(itertools.pairwise(ends.tolist())) for ends in (query_ends, key_ends)]
-    assert [max(b - a for a, b in side) for side in bounds] == [max_queries, max_keys]
-    assert query_ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
-    outputs = []
-    for (a, b), (c, d) in zip(*bounds, strict=True):
-        n_repeat = query.shape[1] // key.shape[1]
-        k, v = (x[c:d].repeat_interleave(n_repeat, dim=1).transpose(0, 1) for x in (key, value))
-        scores = query[a:b].transpose(0, 1) @ k.transpose(1, 2) * scale
-        later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
-        outputs.append((scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs)
-
-
 @pytest.mark.parametrize("implementation, collate", [
     *itertools.product(["sdpa", "eager"], [
         TreeCollator(10_000), TreeCollator(64), TreeCollator(10_000, one_row=True), TreeCollator(10_000, share=False),
     ]),
-    *itertools.product(["tree", "tree as on a GPU, emulated", "flex, not compiled"], [
+    *itertools.product(["tree", "tree, as on a GPU", "flex, as on a GPU"], [
         TreeCollator(10_000, one_row=True), TreeCollator(64, one_row=True),
         TreeCollator(10_000, one_row=True, share=False),
     ]),
 ])  # fmt: skip
 def test_trees_equal_separate_rows(implementation, collate, monkeypatch):
-    if "flex" in implementation:  # torch refuses gradients on CPUs, since its compiled kernel has none there
-        monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(dpo_train, "compiled_flex_attention", torch.nn.attention.flex_attention.flex_attention)
-    if "emulated" in implementation:
-        monkeypatch.setattr(dpo_train, "varlen_attn", emulated_varlen_attn)
-        monkeypatch.setattr(dpo_train, "_tree", lambda segments, _, device: dpo_train._tree_at_once(segments, device))
+    implementation, _, emulated = implementation.partition(", ")
+    if emulated:
+        emulate_gpu_attention(monkeypatch, implementation)
     pairs = make_pairs()
     model = tiny_qwen2(N_WORDS)
-    model.set_attn_implementation(implementation.split()[0].rstrip(","))
+    model.set_attn_implementation(implementation)
     other = copy.deepcopy(model)
     weights = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1))
 
