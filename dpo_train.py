@@ -175,7 +175,7 @@ METRICS = (
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
 LENGTHS = ("lengths/chosen", "lengths/rejected")  # in tokens, end-of-turn included
-BYTES_PER_TOKEN = 1.7e6, 0.25e6  # of Qwen2.5-0.5B's activations; with checkpointing; docs/performance.md
+BYTES_PER_TOKEN = 1.7e6, 0.25e6  # of Qwen2.5-0.5B's activations; with checkpointing: docs/performance.md, and some more
 SINKING = 0.1  # nats a token by which the chosen responses may become less likely before a warning
 
 

@@ -228,14 +228,25 @@ def bytes_per_token(args: argparse.Namespace) -> None:
     Tensors are counted by storage, each once. Saved tensors are the same on a CPU and on a GPU, but for what an
     attention kernel keeps for itself.
     """
+    import dpo_train
+
+    flags = dpo_train.parse_flags(["--model_name_or_path", args.model, "--attn_implementation", "sdpa"])
+    model = dpo_train.load_model(args.model, flags).train()
+    slope, weights = kept_of_forward(model, args)
+    print(f"{slope / 1e6:.3f} MB a token, and {weights / 1e9:.2f} GB of weights as they compute")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kept, layer = kept_of_forward(model, args)[0], slope / model.config.num_hidden_layers
+    print(f"{(kept + layer) / 1e6:.3f} MB with checkpointing: {kept / 1e6:.3f}, and one layer's at a time")
+
+
+def kept_of_forward(model, args: argparse.Namespace) -> tuple[float, float]:
+    """Bytes kept for each token, and apart from that."""
     import torch
 
     import dpo_train
     from dataset import TreeCollator
 
-    flags = dpo_train.parse_flags(["--model_name_or_path", args.model, "--attn_implementation", "sdpa"])
-    scorer = dpo_train.ResponseScorer(dpo_train.load_model(args.model, flags).train())
-    kept = {}
+    scorer, kept = dpo_train.ResponseScorer(model), {}
     for n_tokens in (args.max_length, 2 * args.max_length):
         storages: dict[int, torch.UntypedStorage] = {}
 
@@ -251,8 +262,7 @@ def bytes_per_token(args: argparse.Namespace) -> None:
         kept[n_tokens] = sum(storage.nbytes() for storage in storages.values())
         del logps
     (n, fewer), (_, more) = kept.items()
-    slope = (more - fewer) / n
-    print(f"{slope / 1e6:.3f} MB a token, and {(fewer - slope * n) / 1e9:.2f} GB of weights as they compute")
+    return (more - fewer) / n, 2 * fewer - more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
