@@ -1129,6 +1129,7 @@ def train(flags: Flags) -> Path:
         reference_hash = weights_hash(reference)
     else:  # until the first step, the policy is its own reference
         reference = policy if precomputing else copy.deepcopy(policy)
+    transformers.logging.disable_progress_bar()  # from here on its bars, of saving, would tear ours
     check_model(policy, tokenizer, flags)
     check_model(reference, tokenizer, flags)
     reference_scorer = ResponseScorer(reference.eval())
@@ -1293,7 +1294,10 @@ def train(flags: Flags) -> Path:
         num_workers=1 if device.type == "cuda" else 0, pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()))
+    bar = tqdm(
+        total=total_steps, initial=step, disable=not (main and sys.stderr.isatty()),
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",  # 80 columns
+    )  # fmt: skip
     clock, n_tokens, n_pairs_timed = time.perf_counter(), 0, 0
     for batches in loader:
         n_pairs = len(steps.indices(step))  # over all processes
@@ -1347,8 +1351,7 @@ def train(flags: Flags) -> Path:
                 line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             log(line)
             bar.set_postfix_str(
-                f"loss {line['loss']:.4f}, margin {line['rewards/margins']:.3f}, "
-                f"acc {line['rewards/accuracies']:.2f}, {line['pairs_per_second']:.1f} pairs/s"
+                f"loss {line['loss']:.4f}, acc {line['rewards/accuracies']:.2f}, {line['pairs_per_second']:.1f} pairs/s"
             )
             if bar.disable:
                 say(describe_step(line, total_steps))
@@ -1648,7 +1651,7 @@ def header(flags, accelerator, policy, data: PreparedData, tokenizer, steps, tot
 def fold(name: str, text: str) -> str:
     """A name and a text behind it, broken into lines that fit the terminal. Chinese characters take two columns."""
     wide = "".join(c + "\0" * (unicodedata.east_asian_width(c) in "WF") for c in text)
-    width = max(60, min(120, shutil.get_terminal_size().columns))
+    width = max(60, min(120, shutil.get_terminal_size().columns)) - 1  # one may be cut in its middle, and stays here
     lines = textwrap.fill(wide, width, initial_indent=f"{name:10}", subsequent_indent=" " * 10, break_on_hyphens=False)
     return lines.replace("\0", "")
 

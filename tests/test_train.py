@@ -478,11 +478,11 @@ def test_another_runs_folder_is_never_written_to(plain_run, model_dir, data_file
 
 def test_lines_fit_the_terminal_in_chinese_too(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = "标点，与 English words 混排。" * 12
-    lines = dpo_train.fold("prompt", text).splitlines()
-    columns = [sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) for line in lines]
-    assert len(lines) > 3 and max(columns) <= 80 and min(columns[:-1]) > 60
-    assert "".join("".join(lines).removeprefix("prompt").split()) == "".join(text.split())
+    for text in ("标点，与 English words 混排。" * 12, "没有空格也要折行" * 20, "a" + "没有空格也要折行" * 20):
+        lines = dpo_train.fold("prompt", text).splitlines()
+        columns = [sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) for line in lines]
+        assert len(lines) > 3 and max(columns) <= 80 and min(columns[:-1]) > 60
+        assert "".join("".join(lines).removeprefix("prompt").split()) == "".join(text.split())
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
