@@ -869,17 +869,20 @@ def _spread(items: list, n_bins: int) -> list[list]:
     return bins
 
 
+def sees(query_branch, query_tree, key_branch, key_tree) -> torch.Tensor:
+    """Whether queries see keys that are not later: those of their own tree's prompt and of their own response."""
+    return (query_tree == key_tree) & ((key_branch == 0) | (key_branch == query_branch))
+
+
 def tree_mask(branch_ids: torch.Tensor, tree_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The additive attention mask of token trees, [R, 1, T, T]: 0 where a query sees a key, else the dtype's minimum.
 
-    A query sees a key of its own tree that is not later and belongs to the prompt or to the query's own response.
     Padding sees padding, so that no row of the softmax is empty. Additive, because a bool mask is silently wrong under
     `eager`.
     """
     n = branch_ids.shape[1]
     aligned = -(-n // 8) * 8  # CUDA's kernels copy a mask whose rows are not aligned, once in each layer
     not_later = torch.ones(n, n, dtype=torch.bool, device=branch_ids.device).tril()
-    query, key = branch_ids[:, :, None], branch_ids[:, None, :]
-    sees = not_later & (tree_ids[:, :, None] == tree_ids[:, None, :]) & ((key == 0) | (key == query))
+    visible = not_later & sees(branch_ids[:, :, None], tree_ids[:, :, None], branch_ids[:, None], tree_ids[:, None])
     mask = torch.zeros(len(branch_ids), n, aligned, dtype=dtype, device=branch_ids.device)[:, :, :n]
-    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

@@ -67,6 +67,7 @@ from dataset import (
     load_rows,
     prepare,
     refuse_lfs_pointers,
+    sees,
     tree_mask,
 )
 from loss import dpo_loss, response_logps
@@ -175,7 +176,7 @@ METRICS = (
     "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
 LENGTHS = ("lengths/chosen", "lengths/rejected")  # in tokens, end-of-turn included
-BYTES_PER_TOKEN = 1.7e6, 0.25e6  # of Qwen2.5-0.5B's activations; with checkpointing: docs/performance.md, and some more
+BYTES_PER_TOKEN = 1.7e6, 0.25e6  # of Qwen2.5-0.5B, a little over what docs/performance.md counts; with checkpointing
 SINKING = 0.1  # nats a token by which the chosen responses may become less likely before a warning
 
 
@@ -528,13 +529,13 @@ compiled_flex_attention = torch.compile(flex_attention, dynamic=True)  # without
 
 
 def _blocks(branch_ids: torch.Tensor, tree_ids: torch.Tensor) -> BlockMask:
-    """Which blocks of 128 queries by 128 keys have anything to see, by the rule of `tree_mask`."""
+    """Which blocks of 128 queries by 128 keys have anything to see."""
     branch, tree = branch_ids[0], tree_ids[0]  # [T]
 
-    def sees(_batch, _head, query, key):
-        return (query >= key) & (tree[query] == tree[key]) & ((branch[key] == 0) | (branch[key] == branch[query]))
+    def visible(_batch, _head, query, key):
+        return (query >= key) & sees(branch[query], tree[query], branch[key], tree[key])
 
-    return create_block_mask(sees, None, None, len(branch), len(branch), device=branch.device)
+    return create_block_mask(visible, None, None, len(branch), len(branch), device=branch.device)
 
 
 def _attend_by_blocks(query, key, value, scaling, tree) -> torch.Tensor:
@@ -948,8 +949,9 @@ def save_checkpoint(folder: Path, limit: int, write, state: dict[str, Any]) -> N
         shutil.rmtree(aside, ignore_errors=True)
     _sync(folder)
     # Later ones are damaged: the run has passed over them, or else it would have gone on from there.
-    kept = [path for path in find_checkpoints(folder) if _number(path) <= state["step"]][:limit]
-    for old in set(find_checkpoints(folder)) - set(kept):
+    found = find_checkpoints(folder)
+    kept = [path for path in found if _number(path) <= state["step"]][:limit]
+    for old in set(found) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -987,45 +989,46 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is no whole checkpoint ({error})") from None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    with contextlib.suppress(UserError):
-        return bool(read_state(checkpoint))
-    return False
-
-
 def choose_checkpoint(flags: Flags, output_dir: Path, say) -> Path | None:
-    """The checkpoint to go on from. `latest` passes over damaged ones, and says so."""
+    """The checkpoint to go on from. Damaged ones are passed over, which is said; a whole one is never left behind.
+
+    Raises:
+        UserError: if there is none, or if the output folder holds a newer one than the one asked for.
+    """
+
+    def is_whole(checkpoint: Path) -> bool:
+        try:
+            read_state(checkpoint)
+        except UserError as error:
+            say(f"passed over: {error}")
+            return False
+        return True
+
     if flags.resume_from_checkpoint is None:
         return None
     if flags.resume_from_checkpoint != "latest":
         chosen = Path(flags.resume_from_checkpoint)
         step = read_state(chosen)["step"]
-        newer = [path for path in find_checkpoints(output_dir) if _number(path) > step and _is_whole(path)]
-        if newer:
-            raise UserError(
-                f"--resume_from_checkpoint {chosen}: {newer[0]} is newer and would be lost; go on with `latest`, or "
-                "give another --output_dir"
-            )
-        return chosen
-    for checkpoint in find_checkpoints(output_dir):
-        try:
-            read_state(checkpoint)
-            return checkpoint
-        except UserError as error:
-            say(f"passed over: {error}")
-    raise UserError(f"--resume_from_checkpoint latest: there is no whole checkpoint in {output_dir}")
+    newest = next(filter(is_whole, find_checkpoints(output_dir)), None)
+    if flags.resume_from_checkpoint == "latest":
+        if newest is None:
+            raise UserError(f"--resume_from_checkpoint latest: there is no whole checkpoint in {output_dir}")
+        return newest
+    if newest is not None and _number(newest) > step:
+        raise UserError(
+            f"--resume_from_checkpoint {chosen}: {newest} is newer and would be lost; go on with `latest`, or "
+            "give another --output_dir"
+        )
+    return chosen
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> None:
+    parts = {"data": " (of the data: the file, the tokenizer, --max_length, --max_*_samples or --domains)"}
     for name, value in new.items():
         if old.get(name) != value:
             raise UserError(
                 f"{checkpoint} belongs to another run: {name} was {old.get(name)} and is {value} now; resume with what "
-                "it was, or start anew in another --output_dir"
-                + (
-                    " (of the data: the file, the tokenizer, --max_length, --max_*_samples or --domains)"
-                    * (name == "data")
-                )
+                f"it was, or start anew in another --output_dir{parts.get(name, '')}"
             )
 
 
