@@ -1,9 +1,9 @@
 """Preference data: from files and hub names to micro-batches of token trees.
 
 In the order that data flows: `load_rows` reads a hub name, a folder or a file; `read_triple` maps one row, by its
-columns, to prompt, chosen and rejected; `encode_rows` tokenizes; `prepare` does that for a whole set, counts what it
-drops and splits by prompt; `epoch_order` shuffles prompts; `TreeCollator` builds the micro-batches, in which each
-prompt stands once and each distinct response once.
+columns, to prompt, chosen and rejected; `Encoder` tokenizes; `prepare` does that for a whole set, counts what it drops
+and splits by prompt; `StepBatches` has the pairs of each step; `TreeCollator` cuts them into micro-batches, in which
+each prompt stands once and each distinct response once.
 """
 
 import hashlib
@@ -11,8 +11,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FORMS = (
-    "conversations + chosen + rejected (COIG-P), prompt + chosen + rejected (TRL, text or messages), "
-    "chosen + rejected with a common beginning (TRL, implicit prompt)"
-)
+FORMS = "conversations + chosen + rejected (COIG-P), prompt + chosen + rejected or chosen + rejected alone (TRL)"
 FILES = (".parquet", ".json", ".jsonl")
 Message = dict[str, str]
 
@@ -52,40 +49,29 @@ def load_rows(name: str, split: str = "train") -> Dataset:
     types differ, and a single bad row must never cost a run.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        refuse_lfs_pointers([path])
-        if path.suffix in (".json", ".jsonl"):
-            return _json_rows([path])
-        if path.suffix == ".parquet":
-            return _load("parquet", name, data_files=str(path), split="train")
-        raise UserError(f"--dataset_name {name}: a file must end in .parquet, .json or .jsonl")
-    if path.is_dir():
-        refuse_lfs_pointers(file for kind in FILES for file in path.rglob(f"*{kind}"))
-        try:
-            builder = datasets.load_dataset_builder(str(path))
-            files = builder.config.data_files or {}
-        except Exception as error:
-            raise UserError(
-                f"--dataset_name {name}: no data set in this folder ({first_line(error)}); expected .parquet, .json or "
-                ".jsonl files"
-            ) from None
-        if files and split not in files:
-            raise UserError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, files))}")
-        if builder.dataset_name == "json" or files and all(Path(f).suffix in (".json", ".jsonl") for f in files[split]):
-            return _json_rows([Path(file) for file in files[split]])
-        return _load(str(path), name, split=split)
-    if name.startswith((".", "/", "~")) or path.suffix in FILES or name.count("/") > 1:
+    local = path.exists()
+    if not local and (name.startswith((".", "/", "~")) or path.suffix in FILES or name.count("/") > 1):
         raise UserError(f"--dataset_name {name}: there is no such file or folder")
-    return _load(name, name, split=split)
-
-
-def _load(loader: str, name: str, **kwargs) -> Dataset:
+    if path.is_file() and path.suffix not in FILES:
+        raise UserError(f"--dataset_name {name}: a file must end in .parquet, .json or .jsonl")
+    refuse_lfs_pointers([path] if path.is_file() else [file for kind in FILES for file in path.rglob(f"*{kind}")])
     try:
-        return datasets.load_dataset(loader, **kwargs)
+        if path.is_file():
+            files = {"train": [str(path)]}
+            split = "train"
+        elif path.is_dir():
+            files = datasets.load_dataset_builder(str(path)).config.data_files
+        else:
+            return datasets.load_dataset(name, split=split)
+        if split in files and all(Path(file).suffix in (".json", ".jsonl") for file in files[split]):
+            return _json_rows([Path(file) for file in files[split]])
+        return datasets.load_dataset("parquet", data_files=files, split=split)
+    except UserError:
+        raise
     except Exception as error:  # the library raises a dozen types here; each means that this name can't be read
         raise UserError(
-            f"--dataset_name {name} can't be loaded ({first_line(error)}). Give a local "
-            "folder or a .parquet, .json or .jsonl file, or set HF_ENDPOINT to a mirror of the hub, or try `--demo`"
+            f"--dataset_name {name}, split {split}, can't be loaded ({first_line(error)}): give a file or a folder of "
+            ".parquet, .json or .jsonl files, or a hub name (HF_ENDPOINT sets a mirror of the hub), or try `--demo`"
         ) from None
 
 
@@ -165,9 +151,9 @@ def read_triple(row: Any) -> Triple:
     if not isinstance(row, dict):
         raise Unusable("row is not an object")
     domain = row.get("domain") if isinstance(row.get("domain"), str) else ""
-    for field in ("chosen", "rejected"):
-        if row.get(field) is None:
-            raise Unusable(f"{field}: missing")
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise Unusable(f"{name}: missing")
     if row.get("conversations") is not None:  # COIG-P, ShareGPT
         prompt = _messages(row["conversations"], "conversations")
         if isinstance(row.get("system"), str) and row["system"] and prompt[:1] and prompt[0]["role"] != "system":
@@ -254,135 +240,76 @@ class Encoder:
     """Tokenizes triples: `prompt_ids`, `chosen_ids` and `rejected_ids`, each response with exactly one end-of-turn.
 
     Conversations go through the tokenizer's chat template; plain text is taken as it is and ends with the tokenizer's
-    eos. Special tokens that are written out inside a text, such as "<|im_end|>", are text: they are tokenized as the
-    characters that they are and end no turn.
+    eos. A response is what the template writes behind the prompt, tokenized apart from it, as it is when the model
+    answers: the prompt is there first.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        # U+FDD0 opens our own marks (Unicode keeps it for such internal use): in a text it is hidden like the others.
-        specials.add("\ufdd0")
-        self.special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))))
+        self.tokenizer, self.max_length = tokenizer, max_length
         self.end_of_turn_id = end_of_turn_id(tokenizer)
-
-    def _hide_specials(self, text: str, hidden: list[str]) -> str:
-        """Replace special tokens in a text by marks that survive the chat template; `tokenize` puts them back."""
-
-        def mark(match: re.Match) -> str:
-            hidden.append(match.group())
-            return f"\ufdd0{len(hidden) - 1}\ufdd1"
-
-        return self.special.sub(mark, text)
-
-    def _render(self, triple: Triple) -> tuple[str, str, str, list[str]]:
-        """Prompt, prompt + chosen, prompt + rejected as the chat template writes them; the hidden special tokens."""
-        hidden: list[str] = []
-        if isinstance(triple.prompt, str):
-            prompt = self._hide_specials(triple.prompt, hidden)
-            texts = [prompt + self._hide_specials(response, hidden) for response in (triple.chosen, triple.rejected)]
-            return prompt, *texts, hidden
-        messages = [{**turn, "content": self._hide_specials(turn["content"], hidden)} for turn in triple.prompt]
-        try:
-            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    [*messages, {"role": "assistant", "content": self._hide_specials(response, hidden)}], tokenize=False
-                )
-                for response in (triple.chosen, triple.rejected)
-            ]
-        except TemplateError:
-            raise Unusable("refused by the chat template") from None
-        if not all(text.startswith(prompt) for text in texts):
-            raise Unusable("the chat template changes the prompt once it is answered")
-        return prompt, *texts, hidden
-
-    def _tokenize(self, texts: Sequence[tuple[str, tuple[str, ...]]]) -> dict[tuple[str, tuple[str, ...]], list[int]]:
-        """Token ids of each distinct (text, hidden special tokens); all the plain ones in one call, which is fast."""
-        distinct = list(dict.fromkeys(texts))
-        plain = [text for text, hidden in distinct if not hidden]
-        ids = self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
-        tokens = {(text, ()): list(row) for text, row in zip(plain, ids, strict=True)}
-        for text, hidden in distinct:
-            if hidden:
-                pieces = re.split("\ufdd0([0-9]+)\ufdd1", text)  # text, number of a hidden token, text, number ...
-                tokens[text, hidden] = [
-                    token
-                    for i, piece in enumerate(pieces)
-                    if piece
-                    for token in self.tokenizer(
-                        hidden[int(piece)] if i % 2 else piece,
-                        add_special_tokens=False,
-                        split_special_tokens=bool(i % 2),
-                    )["input_ids"]
-                ]
-        return tokens
+        added = tokenizer.added_tokens_decoder.values()
+        self.specials = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
+        # Tokenizers of Llama 2's kind write a space in front of every text. Behind a line break there is none.
+        self.front = "" if self._ids(["\n天"])[0] == sum(self._ids(["\n", "天"]), []) else "\n"
+        self.n_front = len(self._ids([self.front])[0])
 
     def encode(self, triples: Sequence[Triple | Unusable]) -> list[dict | Unusable]:
         """Tokens of each triple, or why there are none; an `Unusable` passes through.
-
-        `prompt_ids` is an exact prefix of the tokenized conversation. Where the tokenizer would merge the prompt's last
-        characters with the response's first ones ("\\n" + "\\n"), they are tokenized apart, as they are when the model
-        answers: the prompt is there first.
 
         A pair of over `max_length` tokens is cut by one rule: the prompt keeps its last
         max(max_length / 2, max_length - longer response) tokens, each response its first tokens in the room that is
         left. A response that was cut has no end-of-turn.
         """
-        rendered: list[tuple[str, str, str, tuple[str, ...]] | Unusable] = []
-        for triple in triples:
-            try:
-                if isinstance(triple, Unusable):
-                    raise triple
-                *texts, hidden = self._render(triple)
-                rendered.append((*texts, tuple(hidden)))
-            except Unusable as cause:
-                rendered.append(cause)
-        usable = [row for row in rendered if not isinstance(row, Unusable)]
-        tokens = self._tokenize([(text, row[3]) for row in usable for text in row[:3]])
-        apart = [
-            (text[len(row[0]) :], row[3])
-            for row in usable
-            for text in row[1:3]
-            if not _starts_with(tokens[text, row[3]], tokens[row[0], row[3]])
-        ]
-        tokens |= self._tokenize(apart)
+        rendered = [self._render(triple) for triple in triples]
+        texts = {text for row in rendered if not isinstance(row, Unusable) for text in row}
+        ids = dict(zip(texts, self._ids(list(texts)), strict=True))  # all in one call, which is fast
         return [
-            row if isinstance(row, Unusable) else self._cut(row, triple, tokens)
+            row if isinstance(row, Unusable) else self._cut(triple, *(ids[text] for text in row))
             for row, triple in zip(rendered, triples, strict=True)
         ]
 
-    def _cut(self, row: tuple[str, str, str, tuple[str, ...]], triple: Triple, tokens: dict) -> dict | Unusable:
-        prompt, *texts, hidden = row
-        prompt_ids = tokens[prompt, hidden]
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def _render(self, triple: Triple | Unusable) -> tuple[str, str, str] | Unusable:
+        """The texts of the prompt and of the two responses, as the chat template writes them."""
+        if isinstance(triple, Unusable):
+            return triple
+        plain = isinstance(triple.prompt, str)
+        given = [triple.prompt] if plain else [turn["content"] for turn in triple.prompt]
+        if any(self.specials.search(text) for text in (*given, triple.chosen, triple.rejected)):
+            return Unusable("contains a special token")
+        if plain:
+            return triple.prompt, self.front + triple.chosen, self.front + triple.rejected
+        try:
+            prompt = self.tokenizer.apply_chat_template(triple.prompt, tokenize=False, add_generation_prompt=True)
+            answered = [
+                self.tokenizer.apply_chat_template(
+                    [*triple.prompt, {"role": "assistant", "content": response}], tokenize=False
+                )
+                for response in (triple.chosen, triple.rejected)
+            ]
+        except TemplateError:
+            return Unusable("refused by the chat template")
+        if not all(text.startswith(prompt) for text in answered):
+            return Unusable("the chat template changes the prompt once it is answered")
+        return prompt, *(self.front + text[len(prompt) :] for text in answered)
+
+    def _cut(self, triple: Triple, prompt_ids: list[int], *responses: list[int]) -> dict | Unusable:
         end = self.tokenizer.eos_token_id if isinstance(triple.prompt, str) else self.end_of_turn_id
-        responses = []
-        for text in texts:
-            ids = tokens[text, hidden]
-            if _starts_with(ids, prompt_ids):
-                ids = ids[len(prompt_ids) :]
-            else:
-                ids = tokens[text[len(prompt) :], hidden]
-            # What a template writes behind its end-of-turn ("\n") belongs to the next turn. A text holds no `end` by
-            # itself, because special tokens in it were tokenized as text.
-            responses.append((ids[: ids.index(end)] if end in ids else ids) + [end])
+        # What a template writes behind its end-of-turn ("\n") belongs to the next turn.
+        responses = [ids[self.n_front : ids.index(end) if end in ids else None] + [end] for ids in responses]
         longest = max(map(len, responses))
         n_prompt = min(len(prompt_ids), max(self.max_length // 2, self.max_length - longest))
-        prompt_ids = prompt_ids[len(prompt_ids) - n_prompt :]
         chosen_ids, rejected_ids = (ids[: self.max_length - n_prompt] for ids in responses)
         if chosen_ids == rejected_ids:
             return Unusable("chosen equals rejected after truncation")
         return {
-            "prompt_ids": prompt_ids,
+            "prompt_ids": prompt_ids[len(prompt_ids) - n_prompt :],
             "chosen_ids": chosen_ids,
             "rejected_ids": rejected_ids,
-            "truncated": n_prompt < len(tokens[prompt, hidden]) or longest > self.max_length - n_prompt,
+            "truncated": n_prompt < len(prompt_ids) or longest > self.max_length - n_prompt,
         }
-
-
-def _starts_with(ids: list[int], prefix: list[int]) -> bool:
-    return ids[: len(prefix)] == prefix
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -414,12 +341,13 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass
 class Pairs:
-    """Tokenized pairs. `rows` are their row numbers in the source, `keys` tell their prompts apart."""
+    """Tokenized pairs. `rows` are their row numbers in the source; pairs of the same prompt have the same key."""
 
     tokens: Dataset  # columns prompt_ids, chosen_ids, rejected_ids
-    keys: np.ndarray  # [n] int64, equal for pairs of the same prompt
+    keys: np.ndarray  # [n] int64
     rows: np.ndarray  # [n] int64
-    domains: list[str]
+    domains: np.ndarray  # [n] str
+    fingerprint: str  # of the token ids
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -427,11 +355,10 @@ class Pairs:
     def read(self, indices: Sequence[int]) -> list[dict]:
         """The pairs at these indices, as `TreeCollator` takes them."""
         columns = self.tokens[[int(i) for i in indices]]
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
         return [
-            {"index": int(i), "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-            for i, prompt, chosen, rejected in zip(
-                indices, columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True
-            )
+            {"index": int(i), **dict(zip(names, ids, strict=True))}
+            for i, *ids in zip(indices, *(columns[name] for name in names), strict=True)
         ]
 
 
@@ -442,20 +369,17 @@ class PreparedData:
     n_rows: int  # in the source
     dropped: dict[str, tuple[int, int]]  # cause -> (rows, the first one's number)
     n_truncated: int
-    fingerprint: str  # of the token ids and the split
 
-    def summary(self) -> list[str]:
-        """What was read, kept and dropped, as lines for the terminal."""
-        n_prompts = len(np.unique(self.train.keys))
-        lines = [
-            f"{self.n_rows:,} rows: {len(self.train):,} pairs of {n_prompts:,} prompts to train on, "
-            f"{len(self.held_out):,} held out ({len(np.unique(self.held_out.keys)):,} other prompts)"
-        ]
+    def summary(self) -> str:
+        """What was read, kept and dropped."""
+        n_prompts, n_held_out = (len(np.unique(pairs.keys)) for pairs in (self.train, self.held_out))
+        text = f"{self.n_rows:,} rows: {len(self.train):,} pairs of {n_prompts:,} prompts to train on, "
+        text += f"{len(self.held_out):,} held out ({n_held_out:,} other prompts)"
         if self.n_truncated:
-            lines.append(f"{self.n_truncated:,} pairs cut to max_length")
-        for cause, (count, first) in sorted(self.dropped.items(), key=lambda item: -item[1][0]):
-            lines.append(f"dropped {count:,} rows: {cause} (first: row {first})")
-        return lines
+            text += f"; {self.n_truncated:,} pairs cut to max_length"
+        for cause, (count, first) in self.dropped.items():
+            text += f"; dropped {count:,} rows: {cause} (first: row {first})"
+        return text
 
 
 def prepare(
@@ -476,194 +400,195 @@ def prepare(
     Raises:
         UserError: for unknown columns or domains, or if no row is left.
     """
-    columns = _columns(rows)
-    if not {"chosen", "rejected"} <= columns:
-        raise UserError(f"the data has the columns {', '.join(sorted(columns)) or 'none'}; accepted: {FORMS}")
-    encoder = Encoder(tokenizer, max_length)
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    workers = min(n_cores, len(rows) // 4000) or None
-    version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
-
-    def cached_map(table: Dataset, function, name: str, **key) -> Dataset:
-        return table.map(
-            function,
-            batched=True,
-            remove_columns=table.column_names,
-            # By content: a tokenizer's pickle, which is the default key, changes with use.
-            new_fingerprint=_digest((table._fingerprint, version, name, key)),
-            num_proc=workers,
-            desc=name,
-        )
-
-    scanned = cached_map(rows, _scan_rows, "Reading rows")
-    keys = np.asarray(scanned.with_format("numpy")["key"], dtype=np.int64)
-    causes = {int(i): cause for i, cause in enumerate(scanned["cause"]) if cause}
-    good = np.setdiff1d(np.arange(len(rows)), np.fromiter(causes, dtype=np.int64))
+    scanned = _cached_map(rows, _scan_rows, "Reading rows")
+    keys, causes, row_domains = (_column(scanned, name) for name in ("key", "cause", "domain"))
+    good = np.flatnonzero(causes == "")
     if domains is not None:
-        there = np.asarray(list(scanned["domain"]), dtype=object)
-        if unknown := set(domains) - set(there):
-            listed = ", ".join(sorted(set(there)))
+        if unknown := set(domains) - set(row_domains):
+            listed = ", ".join(sorted(set(row_domains)))
             raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {listed}")
-        good = good[np.isin(there[good], list(domains))]
+        good = good[np.isin(row_domains[good].astype(str), list(domains))]
     good = good[np.argsort(keys[good], kind="stable")]  # by prompt, in the order of their hashes; then as in the source
 
-    n_held_out = min(max_eval_samples, len(good) // 10)
+    held_out, trained = _split(keys[good], max_eval_samples, max_train_samples)
+    if not len(trained):
+        raise _no_row_left(causes)
+    selected = np.concatenate([good[trained], good[held_out]])
+    key = _tokenizer_state(tokenizer), _digest(selected.tobytes()), max_length
+    encode = partial(_encode_rows, Encoder(tokenizer, max_length))
+    tokens = _cached_map(rows.select(selected), encode, "Tokenizing", key)
+    causes[selected] = _column(tokens, "cause")
+
+    sides, digests = [], _column(tokens, "digest")
+    for positions in np.split(np.arange(len(selected)), [len(trained)]):
+        positions = positions[causes[selected[positions]] == ""]
+        ids = tokens.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).select(positions).with_format("numpy")
+        numbers = selected[positions]
+        # Of the contents, not of a path or a date: a resumed run may find its data in another place.
+        fingerprint = _digest(digests[positions].tobytes())
+        sides.append(Pairs(ids, keys[numbers], numbers, row_domains[numbers], fingerprint))
+    if not len(sides[0]):
+        raise _no_row_left(causes)
+    assert not np.intersect1d(sides[0].keys, sides[1].keys).size, "a prompt is on both sides of the split"
+    return PreparedData(*sides, len(rows), _count_causes(causes), int(_column(tokens, "truncated").sum()))
+
+
+def _split(keys: np.ndarray, max_eval_samples: int, max_train_samples: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to hold out and to train on, of rows whose prompts' keys are sorted."""
+    n_held_out = min(max_eval_samples, len(keys) // 10)
     boundary = n_held_out
-    while n_held_out and boundary < len(good) and keys[good[boundary]] == keys[good[boundary - 1]]:
+    while n_held_out and boundary < len(keys) and keys[boundary] == keys[boundary - 1]:
         boundary += 1  # the last held-out prompt's other pairs can't be trained on; they are left out
-    if boundary == len(good):  # a single prompt: nothing can be held out
+    if boundary == len(keys):  # a single prompt: nothing can be held out
         n_held_out = boundary = 0
-    n_train = len(good) - boundary if max_train_samples is None else min(max_train_samples, len(good) - boundary)
-    if not n_train:
-        raise _no_row_left(causes.values())
-    selected = np.concatenate([good[:n_held_out], good[boundary : boundary + n_train]])
+    return np.arange(n_held_out), np.arange(boundary, len(keys))[:max_train_samples]
 
-    tokens = cached_map(
-        rows.select(selected),
-        partial(_encode_rows, encoder),
-        "Tokenizing",
-        tokenizer=_digest(_tokenizer_state(tokenizer)),
-        selected=_digest(selected.tolist()),
-        max_length=max_length,
+
+def _count_causes(causes: np.ndarray) -> dict[str, tuple[int, int]]:
+    """cause -> (rows, the first one's number), the most frequent first."""
+    counts = Counter(causes[causes != ""]).most_common()
+    return {cause: (count, int(np.argmax(causes == cause))) for cause, count in counts}
+
+
+def _no_row_left(causes: np.ndarray) -> UserError:
+    why = "; ".join(f"{count} x {cause}" for cause, (count, _) in _count_causes(causes).items())
+    return UserError(f"no row is left to train on: {why or 'the set is empty'} (columns that are understood: {FORMS})")
+
+
+def _cached_map(table: Dataset, function: Callable, name: str, key: tuple = ()) -> Dataset:
+    """All rows through `function`, on all cores. datasets keeps the result, here by content and by this file's text:
+    a tokenizer's pickle, which would be its key, changes with use."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    code = Path(__file__).read_text(encoding="utf-8")
+    return table.map(
+        function,
+        batched=True,
+        remove_columns=table.column_names,
+        new_fingerprint=_digest(repr((table._fingerprint, code, name, key)).encode()),
+        num_proc=min(n_cores, len(table) // 4000) or None,
+        desc=name,
     )
-    cut_causes = list(tokens["cause"])
-    causes |= {int(selected[i]): cause for i, cause in enumerate(cut_causes) if cause}
-    dropped: dict[str, tuple[int, int]] = {}
-    for row in sorted(causes):
-        count, first = dropped.get(causes[row], (0, row))
-        dropped[causes[row]] = (count + 1, first)
-
-    kept = np.array([i for i, cause in enumerate(cut_causes) if not cause], dtype=np.int64)
-    domain_of = list(tokens["domain"])
-
-    def subset(indices: np.ndarray) -> Pairs:
-        ids = tokens.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).select(indices)
-        numbers = selected[indices]
-        return Pairs(ids.with_format("numpy"), keys[numbers], numbers, [domain_of[int(i)] for i in indices])
-
-    train, held_out = subset(kept[kept >= n_held_out]), subset(kept[kept < n_held_out])
-    if not len(train):
-        raise _no_row_left(causes.values())
-    assert not np.intersect1d(train.keys, held_out.keys).size, "a prompt is on both sides of the split"
-    # Of the contents, not of a path or a date: a resumed run may find its data in another place.
-    digests = np.asarray(list(tokens["digest"]), dtype=np.int64)
-    fingerprint = _digest([digests[kept[side]].tolist() for side in (kept >= n_held_out, kept < n_held_out)])
-    return PreparedData(train, held_out, len(rows), dropped, int(sum(tokens["truncated"])), fingerprint)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+def _column(table: Dataset, name: str) -> np.ndarray:
+    """A whole column at once: row by row, datasets takes minutes for a million."""
+    return table.with_format("arrow")[:][name].to_numpy().copy()
 
 
-def _no_row_left(causes: Iterable[str]) -> UserError:
-    why = "; ".join(f"{count} x {cause}" for cause, count in Counter(causes).most_common())
-    return UserError(f"no row is left to train on: {why or 'the set is empty'}")
-
-
-def _columns(rows: Dataset) -> set[str]:
-    if rows.column_names != ["json"]:
-        return set(rows.column_names)
-    columns: set[str] = set()
-    for line in rows[:1000]["json"]:
-        try:
-            row = read_json_row(line)
-            columns |= set(row) if isinstance(row, dict) else set()
-        except Unusable:
-            pass
-    return columns
-
-
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> tuple:
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    return repr((backend, tokenizer.chat_template, tokenizer.eos_token))
+    return _digest(backend.encode()), tokenizer.chat_template, tokenizer.eos_token
 
 
-def _triples(batch: dict[str, list]) -> list[Triple | Unusable]:
-    names = list(batch)
-    triples: list[Triple | Unusable] = []
-    for values in zip(*batch.values(), strict=True):
-        try:
-            row = read_json_row(values[0]) if names == ["json"] else dict(zip(names, values, strict=True))
-            triples.append(read_triple(row))
-        except Unusable as cause:
-            triples.append(cause)
-    return triples
-
-
-def _scan_rows(batch: dict[str, list]) -> dict[str, list]:
-    """Of each row: a hash of its prompt, its domain, and why it can't be used, if so."""
-    keys, causes = [], []
-    triples = _triples(batch)
-    for triple in triples:
-        usable = not isinstance(triple, Unusable)
-        text = json.dumps(triple.prompt) if usable else ""
-        keys.append(_hash64(text.encode()))
-        causes.append("" if usable else str(triple))
-    return {"key": keys, "cause": causes, "domain": _domains(triples)}
-
-
-def _domains(triples: list[Triple | Unusable]) -> list[str]:
-    return ["" if isinstance(triple, Unusable) else triple.domain for triple in triples]
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
+def _triples(batch: dict[str, list]) -> Iterator[Triple | Unusable]:
+    names = list(batch)
+    for values in zip(*batch.values(), strict=True):
+        try:
+            row = read_json_row(values[0]) if names == ["json"] else dict(zip(names, values, strict=True))
+            yield read_triple(row)
+        except Unusable as cause:
+            yield cause
+
+
+def _scan_rows(batch: dict[str, list]) -> dict[str, list]:
+    """Of each row: a hash of its prompt, its domain, and why it can't be used, if so."""
+    columns: dict[str, list] = {"key": [], "cause": [], "domain": []}
+    for triple in _triples(batch):
+        usable = isinstance(triple, Triple)
+        columns["key"].append(_hash64(json.dumps(triple.prompt).encode()) if usable else 0)
+        columns["cause"].append("" if usable else str(triple))
+        columns["domain"].append(triple.domain if usable else "")
+    return columns
+
+
 def _encode_rows(encoder: Encoder, batch: dict[str, list]) -> dict[str, list]:
-    triples = _triples(batch)
-    encoded = encoder.encode(triples)
-    nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
-    columns = {name: [(nothing if isinstance(row, Unusable) else row)[name] for row in encoded] for name in nothing}
-    columns |= {name: [np.asarray(ids, dtype=np.int32) for ids in columns[name]] for name in nothing if "ids" in name}
-    columns["digest"] = [
-        _hash64(b"|".join(ids.tobytes() for ids in row))
-        for row in zip(columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True)
-    ]
-    columns["cause"] = [str(row) if isinstance(row, Unusable) else "" for row in encoded]
-    columns["domain"] = _domains(triples)
+    columns: dict[str, list] = {
+        name: [] for name in ("prompt_ids", "chosen_ids", "rejected_ids", "truncated", "cause", "digest")
+    }
+    for row in encoder.encode(list(_triples(batch))):
+        usable = isinstance(row, dict)
+        ids = [np.asarray(row[name] if usable else [], dtype=np.int32) for name in list(columns)[:3]]
+        values = *ids, usable and row["truncated"], "" if usable else str(row), _hash64(b"|".join(map(bytes, ids)))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
     return columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs to micro-batches
+# Pairs to steps and micro-batches
 
 
-def epoch_order(keys: np.ndarray, seed: int, epoch: int, shuffle: str = "prompts") -> np.ndarray:
+def epoch_order(keys: np.ndarray, seed: int, epoch: int, group_by_prompt: bool = True) -> np.ndarray:
     """The order of the pairs in one epoch, [n] indices: prompts shuffled, a prompt's pairs together.
 
-    With `shuffle="pairs"` a prompt's pairs are spread over the epoch; then hardly anything is shared within a step.
+    Without `group_by_prompt` a prompt's pairs are spread over the epoch; then hardly anything is shared within a step.
     A function of its arguments alone, so that a resumed run and every process see the same order.
     """
-    if shuffle == "pairs":
-        return np.random.default_rng([seed, epoch]).permutation(len(keys))
+    random = np.random.default_rng([seed, epoch])
+    if not group_by_prompt:
+        return random.permutation(len(keys))
     _, group = np.unique(keys, return_inverse=True)
-    place = np.random.default_rng([seed, epoch]).permutation(int(group.max()) + 1)
+    place = random.permutation(int(group.max()) + 1)
     return np.argsort(place[group], kind="stable")
+
+
+class StepBatches(torch.utils.data.Dataset):
+    """Item s: a process's micro-batches of optimizer step s. A function of (seed, s): to resume is to start at s."""
+
+    def __init__(
+        self, pairs: Pairs, collate: "TreeCollator", batch_size: int, seed: int, group_by_prompt: bool = True,
+        process: int = 0, n_processes: int = 1,
+    ):  # fmt: skip
+        self.pairs, self.collate, self.batch_size = pairs, collate, batch_size
+        self.seed, self.group_by_prompt = seed, group_by_prompt
+        self.process, self.n_processes = process, n_processes
+        self.steps_per_epoch = -(-len(pairs) // batch_size)
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> np.ndarray:
+        """The pairs of a step; the last step of an epoch has what is left."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, epoch_order(self.pairs.keys, self.seed, epoch, self.group_by_prompt)
+        return self.order[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def __getitem__(self, step: int) -> list[dict]:
+        return self.collate(self.pairs.read(self.indices(step)), self.n_processes)[self.process :: self.n_processes]
 
 
 @dataclass
 class Tree:
-    """A prompt and the distinct responses to it that a micro-batch needs."""
+    """A prompt, the distinct responses to it that a micro-batch needs, and its pairs: (index, chosen, rejected)."""
 
     prompt: np.ndarray
-    responses: list[np.ndarray]
+    share: bool = True
+    responses: dict[bytes, int] = field(default_factory=dict)  # token ids -> the response's number in this tree
+    pairs: list[tuple[int, int, int]] = field(default_factory=list)
+    n_tokens: int = 0
 
-    @property
-    def n_tokens(self) -> int:
-        return len(self.prompt) + sum(map(len, self.responses))
+    def n_new(self, pair: dict) -> int:
+        """By how many tokens the tree grows when this pair is added."""
+        new = {ids for ids in pair["responses"] if ids not in self.responses}
+        n_prompts = (not self.pairs) if self.share else 2
+        return n_prompts * len(self.prompt) + sum(len(ids) // 8 for ids in new)
 
+    def add(self, pair: dict) -> None:
+        self.n_tokens += self.n_new(pair)
+        numbers = (self.responses.setdefault(ids, len(self.responses)) for ids in pair["responses"])
+        self.pairs.append((pair["index"], *numbers))
 
-@dataclass
-class Unit:
-    """Trees and pairs that go into one micro-batch: a pair is (index, chosen, rejected), a response (tree, number)."""
-
-    trees: list[Tree]
-    pairs: list[tuple[int, tuple[int, int], tuple[int, int]]]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(tree.n_tokens for tree in self.trees)
+    def branches(self) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """The prompt and what follows it; where nothing is shared, the prompt once more for each response."""
+        responses = [np.frombuffer(ids, dtype=np.int64) for ids in self.responses]
+        yield from [(self.prompt, responses)] if self.share else [(self.prompt, [one]) for one in responses]
 
 
 @dataclass
@@ -676,8 +601,8 @@ class TreeCollator:
     >>> pairs = [{"index": 0, "prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
     ...          {"index": 1, "prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [4, 4, 9]}]
     >>> (batch,) = collate(pairs)
-    >>> for name, tensor in batch.items():
-    ...     print(f"{name:16}", tensor.tolist())
+    >>> for name, value in batch.items():
+    ...     print(f"{name:16}", value.tolist() if isinstance(value, torch.Tensor) else value)
     input_ids        [[5, 6, 7, 9, 8, 9, 4, 4, 9]]
     position_ids     [[0, 1, 2, 3, 2, 3, 2, 3, 4]]
     branch_ids       [[0, 0, 1, 1, 2, 2, 3, 3, 3]]
@@ -689,7 +614,10 @@ class TreeCollator:
     chosen_index     [0, 0]
     rejected_index   [1, 2]
     pair_index       [0, 1]
-    pair_weight      [1.0, 1.0]
+    weight           1.0
+    n_tokens         9
+    index_on_host    [0 1]
+    segments         [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
     R rows of T tokens, N response tokens, M distinct responses, P pairs:
 
@@ -697,7 +625,7 @@ class TreeCollator:
     |---|---|---|
     | input_ids | [R, T] | a prompt and its responses, then the next tree, padded on the right |
     | position_ids | [R, T] | restart after the prompt for each response |
-    | branch_ids | [R, T] | 0 for a prompt, k for the row's k-th response, -1 for padding |
+    | branch_ids | [R, T] | 0 for a prompt, k for the tree's k-th response, -1 for padding |
     | tree_ids | [R, T] | which of the row's trees, -1 for padding |
     | predictor_index | [N] | flat position in [R*T] of the hidden state that predicts each response token |
     | target_ids | [N] | the response tokens |
@@ -705,92 +633,66 @@ class TreeCollator:
     | response_lengths | [M] | tokens of each response |
     | chosen_index, rejected_index | [P] | each pair's two responses |
     | pair_index | [P] | the pairs' numbers in their `Pairs` |
-    | pair_weight | [P] | 1; 0 in a filler, which keeps processes in step when they outnumber the micro-batches |
 
-    With `one_row`, also `segments`: for each prompt and each response of the row its (start, end) and those of its
-    prompt, a prompt's own being (start, start). Numbers, not a tensor: they are for the host.
+    and, for the host, since asking a GPU would stall it: `weight`, 1, or 0 in a filler, which keeps processes in step
+    when they outnumber the micro-batches; `n_tokens` without padding; `pair_index` once more; `segments`, for each
+    prompt and each response its (start, end) in its row and those of its prompt, a prompt's own being (start, start).
     """
 
     micro_batch_tokens: int
     pad_token_id: int = 0  # never attended to and never a target: any id will do
     share: bool = True  # False encodes every response of every pair anew, prompt included, as other trainers do
-    one_row: bool = False  # True for attention without a mask: nothing is padded, and the batch names its `segments`
+    one_row: bool = False  # for attention by segments, without a mask: nothing is padded
 
-    def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[dict[str, torch.Tensor]]:
+    def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[dict]:
         """The micro-batches of these pairs, the longest first; their number is a multiple of `n_processes`.
 
         Raises:
             UserError: if one pair alone is longer than `micro_batch_tokens`.
         """
-        bins = self._cut(self._units(pairs), n_processes)
-        batches = [self._tensors(units, weight=1.0) for units in bins if units]
-        if len(batches) < len(bins):  # a filler: the shortest micro-batch once more, at weight 0
-            filler = self._tensors(min(filter(None, bins), key=_total), weight=0.0)
-            batches += [filler] * (len(bins) - len(batches))
-        return batches
+        bins = self._fill_bins(self._trees(pairs), n_processes)
+        batches = [self._tensors(trees) for trees in bins if trees]
+        filler = batches[-1] | {"weight": 0.0}
+        return batches + [filler] * (len(bins) - len(batches))
 
-    def _units(self, pairs: Sequence[dict]) -> list[Unit]:
-        groups: dict[bytes, list[tuple[int, np.ndarray, bytes, bytes]]] = {}
+    def _trees(self, pairs: Sequence[dict]) -> list[Tree]:
+        """One tree for each prompt; where it doesn't fit into a micro-batch several, each with the prompt once more."""
+        groups: dict[bytes | int, list[dict]] = {}
         for pair in pairs:
-            prompt, *sides = (
-                np.asarray(pair[f"{name}_ids"], dtype=np.int64) for name in ("prompt", "chosen", "rejected")
-            )
-            groups.setdefault(prompt.tobytes(), []).append((pair["index"], prompt, *(ids.tobytes() for ids in sides)))
-        units = []
-        for group in groups.values():
-            if self.share:
-                units += self._shared_units(group)
-            else:
-                for index, prompt, *sides in group:
-                    trees = [Tree(prompt, [np.frombuffer(ids, dtype=np.int64)]) for ids in sides]
-                    units.append(Unit(trees, [(index, (0, 0), (1, 0))]))
-        for unit in units:
-            if unit.n_tokens > self.micro_batch_tokens:
-                raise UserError(
-                    f"--micro_batch_tokens {self.micro_batch_tokens} is too small for a pair of {unit.n_tokens} tokens"
-                )
-        return units
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            prompt, *responses = (np.asarray(pair[name], dtype=np.int64) for name in names)
+            taken = {"index": pair["index"], "prompt": prompt, "responses": [ids.tobytes() for ids in responses]}
+            groups.setdefault(prompt.tobytes() if self.share else pair["index"], []).append(taken)
+        trees = []
+        for left in groups.values():
+            while left:
+                tree = Tree(left[0]["prompt"], self.share)
+                while left:
+                    # The pair that adds the fewest tokens: where a tree must be cut, its parts have little in common.
+                    best = min(left, key=tree.n_new)
+                    if tree.n_tokens + tree.n_new(best) > self.micro_batch_tokens:
+                        break
+                    tree.add(best)
+                    left.remove(best)
+                if not tree.pairs:
+                    raise UserError(
+                        f"--micro_batch_tokens {self.micro_batch_tokens} is too small for a pair of "
+                        f"{tree.n_new(best)} tokens"
+                    )
+                trees.append(tree)
+        return trees
 
-    def _shared_units(self, group: list[tuple[int, np.ndarray, bytes, bytes]]) -> list[Unit]:
-        """One unit for all pairs of a prompt; several where they don't fit, each with the prompt once more."""
-        units: list[Unit] = []
-        numbers: dict[bytes, int] = {}  # of the responses in the last unit's tree
-        left = sorted(group, key=lambda pair: pair[0])
-        whole = len(group[0][1]) + sum(len(ids) // 8 for ids in {ids for pair in group for ids in pair[2:]})
-        while left:
-            next_one, n_new = 0, 0
-            if whole > self.micro_batch_tokens:
-                # The pair that adds the fewest tokens: where a tree must be cut, its parts have little in common.
-                costs = [sum(len(ids) // 8 for ids in set(pair[2:]) if ids not in numbers) for pair in left]
-                n_new = min(costs)
-                next_one = costs.index(n_new)
-            if not units or units[-1].pairs and units[-1].n_tokens + n_new > self.micro_batch_tokens:
-                units.append(Unit([Tree(group[0][1], [])], []))
-                numbers = {}
-                continue
-            index, _, *sides = left.pop(next_one)
-            responses = units[-1].trees[0].responses
-            for ids in sides:
-                if ids not in numbers:
-                    numbers[ids] = len(responses)
-                    responses.append(np.frombuffer(ids, dtype=np.int64))
-            chosen, rejected = ((0, numbers[ids]) for ids in sides)
-            units[-1].pairs.append((index, chosen, rejected))
-        return units
-
-    def _cut(self, units: list[Unit], n_processes: int) -> list[list[Unit]]:
-        """Units into the fewest micro-batches that hold them, evenly filled."""
-        units = sorted(units, key=lambda unit: -unit.n_tokens)
-        n_bins = -(-_total(units) // (self.micro_batch_tokens * n_processes)) * n_processes
+    def _fill_bins(self, trees: list[Tree], n_processes: int) -> list[list[Tree]]:
+        """Trees into the fewest micro-batches that hold them, evenly filled."""
+        n_bins = -(-_total(trees) // (self.micro_batch_tokens * n_processes)) * n_processes
         while True:
-            bins = _spread(units, n_bins)
+            bins = _spread(trees, n_bins)
             if max(map(_total, bins)) <= self.micro_batch_tokens:
                 return sorted(bins, key=_total, reverse=True)
             n_bins += n_processes
 
     def _rows(self, trees: list[Tree]) -> list[list[Tree]]:
         """Trees into rows: longer ones waste attention, more of them waste padding, a twentieth at most is allowed."""
-        trees = sorted(trees, key=lambda tree: -tree.n_tokens)
         best, best_cost = [trees], float("inf")
         for n_rows in range(1, 2 if self.one_row else len(trees) + 1):
             rows = _spread(trees, n_rows)
@@ -802,87 +704,63 @@ class TreeCollator:
                 best, best_cost = rows, cost
         return best
 
-    def _tensors(self, units: list[Unit], weight: float) -> dict[str, torch.Tensor]:
-        rows = self._rows([tree for unit in units for tree in unit.trees])
-        shape = len(rows), max(map(_total, rows))
-        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        position_ids = np.zeros(shape, dtype=np.int64)
+    def _tensors(self, trees: list[Tree]) -> dict:
+        rows = self._rows(trees)
+        n_columns = max(map(_total, rows))
+        shape = len(rows), n_columns
+        input_ids, position_ids = np.full(shape, self.pad_token_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         branch_ids, tree_ids = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-        predictors, targets, responses, segments = [], [], [], []
-        first_response: dict[int, int] = {}  # of each tree, in the micro-batch's numbering
-        n_responses = 0
+        predictors, targets, pairs, segments = [], [], [], []
         for r, row in enumerate(rows):
-            at, branch = 0, 0
-            for t, tree in enumerate(row):
-                first_response[id(tree)] = n_responses
-                n_prompt, start = len(tree.prompt), at
-                for k, ids in enumerate([tree.prompt, *tree.responses]):
-                    here = slice(at, at + len(ids))
-                    input_ids[r, here] = ids
-                    position_ids[r, here] = np.arange(len(ids)) + (n_prompt if k else 0)
-                    branch_ids[r, here] = branch + k if k else 0
-                    tree_ids[r, here] = t
-                    segments.append((at, at + len(ids), start, start + n_prompt if k else start))
-                    if k:  # the prompt's last token predicts a response's first one
-                        before = r * shape[1] + np.arange(at - 1, at + len(ids) - 1)
-                        before[0] = r * shape[1] + start + n_prompt - 1
-                        predictors.append(before)
-                        targets.append(ids)
-                        responses.append(np.full(len(ids), n_responses))
-                        n_responses += 1
-                    at += len(ids)
-                branch += len(tree.responses)
-        pairs = [
-            (index, *(first_response[id(unit.trees[tree])] + number for tree, number in (chosen, rejected)))
-            for unit in units
-            for index, chosen, rejected in unit.pairs
-        ]
-        index, chosen, rejected = (torch.tensor(column) for column in zip(*sorted(pairs), strict=True))
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "position_ids": torch.from_numpy(position_ids),
-            "branch_ids": torch.from_numpy(branch_ids),
-            "tree_ids": torch.from_numpy(tree_ids),
-            "predictor_index": torch.from_numpy(np.concatenate(predictors)),
-            "target_ids": torch.from_numpy(np.concatenate(targets)),
-            "response_index": torch.from_numpy(np.concatenate(responses)),
-            "response_lengths": torch.tensor([len(ids) for ids in targets]),
-            "chosen_index": chosen,
-            "rejected_index": rejected,
-            "pair_index": index,
-            "pair_weight": torch.full((len(pairs),), weight),
+            at = n_trees = 0
+            for tree in row:
+                n = len(targets)
+                pairs += [(index, n + chosen, n + rejected) for index, chosen, rejected in tree.pairs]
+                for prompt, responses in tree.branches():
+                    start, n_prompt = at, len(prompt)
+                    for k, ids in enumerate([prompt, *responses]):
+                        here = slice(at, at + len(ids))
+                        input_ids[r, here] = ids
+                        position_ids[r, here] = np.arange(len(ids)) + (n_prompt if k else 0)
+                        branch_ids[r, here] = k
+                        tree_ids[r, here] = n_trees
+                        segments.append((at, at + len(ids), start, start + n_prompt if k else start))
+                        if k:  # the prompt's last token predicts a response's first one
+                            before = r * n_columns + np.arange(at - 1, at + len(ids) - 1)
+                            before[0] = r * n_columns + start + n_prompt - 1
+                            predictors.append(before)
+                            targets.append(ids)
+                        at += len(ids)
+                    n_trees += 1
+        pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
+        lengths = np.array([len(ids) for ids in targets])
+        arrays = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "branch_ids": branch_ids,
+            "tree_ids": tree_ids,
+            "predictor_index": np.concatenate(predictors),
+            "target_ids": np.concatenate(targets),
+            "response_index": np.repeat(np.arange(len(lengths)), lengths),
+            "response_lengths": lengths,
+            "chosen_index": chosen_index,
+            "rejected_index": rejected_index,
+            "pair_index": pair_index,
         }
-        return batch | {"segments": segments} if self.one_row else batch
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        noted = {"weight": 1.0, "n_tokens": _total(trees), "index_on_host": pair_index, "segments": segments}
+        return batch | noted
 
 
-def _total(items: Sequence[Tree | Unit]) -> int:
-    return sum(item.n_tokens for item in items)
+def _total(trees: Sequence[Tree]) -> int:
+    return sum(tree.n_tokens for tree in trees)
 
 
-def _spread(items: list, n_bins: int) -> list[list]:
-    """Items, the longest first, each into the bin that is least full so far."""
+def _spread(trees: list[Tree], n_bins: int) -> list[list[Tree]]:
+    """Trees, the longest first, each into the bin that is least full so far."""
     bins, totals = [[] for _ in range(n_bins)], [0] * n_bins
-    for item in items:
+    for tree in sorted(trees, key=lambda tree: -tree.n_tokens):
         least = totals.index(min(totals))
-        bins[least].append(item)
-        totals[least] += item.n_tokens
+        bins[least].append(tree)
+        totals[least] += tree.n_tokens
     return bins
-
-
-def sees(query_branch, query_tree, key_branch, key_tree) -> torch.Tensor:
-    """Whether queries see keys that are not later: those of their own tree's prompt and of their own response."""
-    return (query_tree == key_tree) & ((key_branch == 0) | (key_branch == query_branch))
-
-
-def tree_mask(branch_ids: torch.Tensor, tree_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The additive attention mask of token trees, [R, 1, T, T]: 0 where a query sees a key, else the dtype's minimum.
-
-    Padding sees padding, so that no row of the softmax is empty. Additive, because a bool mask is silently wrong under
-    `eager`.
-    """
-    n = branch_ids.shape[1]
-    aligned = -(-n // 8) * 8  # CUDA's kernels copy a mask whose rows are not aligned, once in each layer
-    not_later = torch.ones(n, n, dtype=torch.bool, device=branch_ids.device).tril()
-    visible = not_later & sees(branch_ids[:, :, None], tree_ids[:, :, None], branch_ids[:, None], tree_ids[:, None])
-    mask = torch.zeros(len(branch_ids), n, aligned, dtype=dtype, device=branch_ids.device)[:, :, :n]
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
