@@ -392,10 +392,10 @@ def prepare(
 ) -> PreparedData:
     """Tokenize a data set and split it by prompt.
 
-    Prompts are taken in the order of their hashes: the first ones are held out (`max_eval_samples` pairs at most, and
-    no more than a tenth of the rows), the next ones are trained on (`max_train_samples` pairs at most). So a subset is
-    a fair sample of all domains, the held-out pairs are the same for any subset and seed, and no prompt is on both
-    sides.
+    Prompts are taken in the order of their hashes: the first ones are held out, the next ones are trained on, up to
+    `max_eval_samples` and `max_train_samples` pairs. So a subset is a fair sample of all domains, the held-out pairs
+    are the same for any subset and seed, and no prompt is on both sides. At most a tenth of the prompts is held out,
+    with two pairs of each, so that a few hundred pairs are many prompts; their other pairs are used nowhere.
 
     Raises:
         UserError: for unknown columns or domains, or if no row is left.
@@ -435,13 +435,11 @@ def prepare(
 
 def _split(keys: np.ndarray, max_eval_samples: int, max_train_samples: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Positions to hold out and to train on, of rows whose prompts' keys are sorted."""
-    n_held_out = min(max_eval_samples, len(keys) // 10)
-    boundary = n_held_out
-    while n_held_out and boundary < len(keys) and keys[boundary] == keys[boundary - 1]:
-        boundary += 1  # the last held-out prompt's other pairs can't be trained on; they are left out
-    if boundary == len(keys):  # a single prompt: nothing can be held out
-        n_held_out = boundary = 0
-    return np.arange(n_held_out), np.arange(boundary, len(keys))[:max_train_samples]
+    prompts, first, group, n_pairs = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    number_in_prompt = np.arange(len(keys)) - np.repeat(first, n_pairs)
+    held_out = np.flatnonzero((number_in_prompt < 2) & (group < len(prompts) // 10))[:max_eval_samples]
+    n_prompts = group[held_out[-1]] + 1 if len(held_out) else 0
+    return held_out, np.flatnonzero(group >= n_prompts)[:max_train_samples]
 
 
 def _count_causes(causes: np.ndarray) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import dpo_train
+import loss
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # most users' machines don't set it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
@@ -43,15 +44,6 @@ def tokenizer():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     return tokenizer
-
-
-@pytest.fixture(autouse=True)
-def reference_cache(tmp_path, monkeypatch) -> Path:
-    """Each test has its own cache of reference log-probabilities."""
-    import dpo_train
-
-    monkeypatch.setattr(dpo_train, "REFERENCE_CACHE", tmp_path / "reference_cache")
-    return tmp_path / "reference_cache"
 
 
 def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
@@ -115,15 +107,13 @@ def slow(pytestconfig):
         pytest.skip("slow: --slow runs it")
 
 
-def emulate_gpu_attention(monkeypatch, implementation):
-    """On a CPU, what `implementation` does on a GPU, in plain torch operations, gradients included."""
-    if implementation == "tree":
-        monkeypatch.setattr(dpo_train, "varlen_attn", emulated_varlen_attn)
-        monkeypatch.setattr(dpo_train, "_tree", lambda segments, _, device: dpo_train._tree_at_once(segments, device))
-    else:  # torch refuses gradients on CPUs, since the compiled kernel has none there
-        monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(dpo_train, "compiled_flex_attention", torch.nn.attention.flex_attention.flex_attention)
-    monkeypatch.setattr(dpo_train, "choose_attention", lambda flags: implementation)
+def emulate_varlen(monkeypatch):
+    """On a CPU, what `tree` attention does on a GPU, with torch's kernel emulated by its documentation."""
+    monkeypatch.setattr(loss, "varlen_attn", emulated_varlen_attn)
+    monkeypatch.setattr(
+        loss, "plan_attention",
+        lambda segments, dtype, device: partial(loss._attend_at_once, loss._gather_plan(segments, device)),
+    )  # fmt: skip
 
 
 def emulated_varlen_attn(
