@@ -82,8 +82,7 @@ def first_line(error: Exception | str) -> str:
 def refuse_lfs_pointers(files: Iterable[Path]) -> None:
     """A clone made without git-lfs has three lines of text in place of each large file.
 
-    Raises:
-        UserError: for the first file that is such a pointer.
+    Raises UserError for the first file that is such a pointer.
     """
     for file in filter(Path.is_file, files):
         with file.open("rb") as opened:
@@ -145,61 +144,43 @@ class Triple:
 def read_triple(row: Any) -> Triple:
     """Map a row by its columns to prompt, chosen and rejected. All turns are kept, a system turn too.
 
-    Raises:
-        Unusable: with the cause, if the row can't train.
+    Raises Unusable, with the cause, if the row can't train.
     """
     if not isinstance(row, dict):
         raise Unusable("row is not an object")
-    domain = row.get("domain") if isinstance(row.get("domain"), str) else ""
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise Unusable(f"{name}: missing")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if row.get("conversations") is not None:  # COIG-P, ShareGPT
         prompt = _messages(row["conversations"], "conversations")
         if isinstance(row.get("system"), str) and row["system"] and prompt[:1] and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": _text(row["system"], "system")}, *prompt]
-        chosen, rejected = (_messages(_as_turn(row[field]), field) for field in ("chosen", "rejected"))
-    elif isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
-        chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
-        if row.get("prompt") is None:  # TRL standard, implicit prompt: what both begin with
-            common = _n_common(chosen, rejected)
-            prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-        elif isinstance(row["prompt"], str):  # TRL standard
-            prompt = _text(row["prompt"], "prompt")
-        else:
-            raise Unusable("prompt: wrong type")
-        return _checked(Triple(prompt, chosen, rejected, domain))
-    else:
-        chosen, rejected = _messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected")
-        common = _n_common(chosen, rejected)
-        if common or row.get("prompt") is None:  # TRL conversational, implicit prompt
-            prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-        elif isinstance(row["prompt"], str):
-            prompt = [{"role": "user", "content": _text(row["prompt"], "prompt")}]
-        else:  # TRL conversational
-            prompt = _messages(row["prompt"], "prompt")
-    if not prompt or any(not turn["content"].strip() for turn in prompt if turn["role"] != "system"):
-        raise Unusable("prompt: empty")
-    if prompt[-1]["role"] != "user":
-        raise Unusable("prompt: does not end with a user turn")
-    for turns in (chosen, rejected):
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise Unusable("response: not one assistant turn")
-    return _checked(Triple(prompt, chosen[0]["content"], rejected[0]["content"], domain))
-
-
-def _n_common(a: Sequence, b: Sequence) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _checked(triple: Triple) -> Triple:
-    if not triple.prompt:
-        raise Unusable("prompt: empty")
-    if triple.chosen == triple.rejected:
+        chosen, rejected = (_as_turn(side) for side in (chosen, rejected))
+    if chosen == rejected:
         raise Unusable("chosen equals rejected")
-    if not triple.chosen.strip() or not triple.rejected.strip():
+    read = _text if isinstance(chosen, str) and isinstance(rejected, str) else _messages
+    chosen, rejected = read(chosen, "chosen"), read(rejected, "rejected")
+    common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    if prompt is None or read is _messages and common:  # TRL's implicit prompt: what both begin with
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    elif read is _text:
+        prompt = _text(prompt, "prompt")
+    else:
+        prompt = _messages({"role": "user", "content": prompt} if isinstance(prompt, str) else prompt, "prompt")
+    if read is _messages:
+        if any(not turn["content"].strip() for turn in prompt if turn["role"] != "system"):
+            raise Unusable("prompt: empty")
+        if prompt and prompt[-1]["role"] != "user":
+            raise Unusable("prompt: does not end with a user turn")
+        if [turn["role"] for turn in (*chosen, *rejected)] != ["assistant", "assistant"] or len(chosen) != 1:
+            raise Unusable("response: not one assistant turn")
+        chosen, rejected = chosen[0]["content"], rejected[0]["content"]
+    if not prompt:
+        raise Unusable("prompt: empty")
+    if not chosen.strip() or not rejected.strip():
         raise Unusable("response: empty")
-    return triple
+    return Triple(prompt, chosen, rejected, row["domain"] if isinstance(row.get("domain"), str) else "")
 
 
 def _as_turn(value: Any) -> Any:
@@ -281,6 +262,8 @@ class Encoder:
             return Unusable("contains a special token")
         if plain:
             return triple.prompt, self.front + triple.chosen, self.front + triple.rejected
+        if not self.tokenizer.chat_template:
+            return Unusable("the tokenizer has no chat template, which messages need")
         try:
             prompt = self.tokenizer.apply_chat_template(triple.prompt, tokenize=False, add_generation_prompt=True)
             answered = [
@@ -318,8 +301,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     It need not be the tokenizer's eos (Qwen2.5's base model: `<|endoftext|>`). Without a template, or with one that
     ends turns with plain text, it is the eos.
 
-    Raises:
-        UserError: if there is neither.
+    Raises UserError if there is neither.
     """
     if tokenizer.chat_template:
         answer = "answer"
@@ -397,8 +379,7 @@ def prepare(
     are the same for any subset and seed, and no prompt is on both sides. At most a tenth of the prompts is held out,
     with two pairs of each, so that a few hundred pairs are many prompts; their other pairs are used nowhere.
 
-    Raises:
-        UserError: for unknown columns or domains, or if no row is left.
+    Raises UserError for unknown columns or domains, or if no row is left.
     """
     scanned = _cached_map(rows, _scan_rows, "Reading rows")
     keys, causes, row_domains = (_column(scanned, name) for name in ("key", "cause", "domain"))
@@ -645,8 +626,7 @@ class TreeCollator:
     def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[dict]:
         """The micro-batches of these pairs, the longest first; their number is a multiple of `n_processes`.
 
-        Raises:
-            UserError: if one pair alone is longer than `micro_batch_tokens`.
+        Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
         bins = self._fill_bins(self._trees(pairs), n_processes)
         batches = [self._tensors(trees) for trees in bins if trees]

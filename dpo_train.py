@@ -519,7 +519,9 @@ class Meter:
 
     def add(self, metrics: torch.Tensor, batch: dict) -> None:
         """The METRICS [P, K] of a micro-batch of the present step."""
-        self.step_sums += torch.cat([metrics.sum(0), metrics.new_tensor([len(metrics), batch["n_tokens"]])])
+        self.step_sums[:-2] += metrics.sum(0)
+        self.step_sums[-2] += len(metrics)
+        self.step_sums[-1] += batch["n_tokens"]
         self.losses[batch["pair_index"]] = metrics[:, 0]
 
     def end_step(self, step: int, grad_norm: torch.Tensor) -> torch.Tensor:
@@ -1059,35 +1061,34 @@ def train(flags: Flags) -> Path:
     if checkpoint is not None:
         policy = load_model(str(checkpoint), flags).to(device)
     scorer = accelerator.prepare(ResponseScorer(policy.train()))
-    decay = {"lr": flags.learning_rate, "weight_decay": flags.weight_decay}
-    optimizer = torch.optim.AdamW(scorer.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True, **decay)
+    rate = {"lr": flags.learning_rate, "weight_decay": flags.weight_decay}
+    optimizer = torch.optim.AdamW(scorer.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True, **rate)
     # Not prepared: a prepared scheduler steps once per process, and the learning rate would fall N times too fast.
     scheduler = transformers.get_scheduler(flags.lr_scheduler_type, optimizer, warmup_steps, total_steps)
     meter = Meter(steps, accelerator)
     stateful = {"optimizer": optimizer, "scheduler": scheduler, "meter": meter, "reference": train_reference}
-    go_on = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
     if checkpoint is not None:
         for name, owner in stateful.items():
-            owner.load_state_dict(state[name])
+            owner.load_state_dict(state.pop(name))
         if is_main:
             cut_metrics(log.path, step)
         log.write({"step": step, "event": "resumed", "checkpoint": checkpoint.name})
-    elif stop.requested():  # while precomputing
-        save_checkpoint(folder, state, stateful, scorer, tokenizer, flags, log)
-        raise Stopped(f"stopped before the first step; {go_on}")
-    if not state["before"]:
+    go_on = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
+    if flags.precompute_ref_log_probs and stop.requested():
+        if checkpoint is None:
+            save_checkpoint(folder, state, stateful, scorer, tokenizer, flags, log)
+        raise Stopped(f"stopped while precomputing; {go_on}")
+    if step == 0:
         log.write({"step": 0, "event": "start", "loss_at_start": loss_at_start(flags), "flags": public(flags)})
-        state["before"] = evaluate_policy(scorer, eval_reference, tokenizer, flags, with_answers=True)
+        with meter.paused():
+            state["before"] = evaluate_policy(scorer, eval_reference, tokenizer, flags, with_answers=True)
         log.evaluation(0, 0.0, state["before"])
-    state = {name: state[name] for name in ("step", "before", "settings")}
     loader = torch.utils.data.DataLoader(
         steps, sampler=range(step, total_steps), batch_size=None, pin_memory=device.type == "cuda",
         num_workers=int(device.type == "cuda"), worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
 
-    with meter.paused():
-        batches_of_steps = iter(loader)
-    for batches in batches_of_steps:
+    for batches in loader:
         forward_backward(batches, len(steps.indices(step)), scorer, train_reference, meter, flags)
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), flags.max_grad_norm or math.inf)
         is_bad = meter.end_step(step, grad_norm)
@@ -1097,14 +1098,14 @@ def train(flags: Flags) -> Path:
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         step += 1
-        epoch = round(step / steps.steps_per_epoch, 6)
+        epoch = step / steps.steps_per_epoch
         if step % steps.steps_per_epoch == 0:
             train_reference.share()
 
         if step == 1 or step % flags.logging_steps == 0 or step == total_steps:
             log.warn("skipped", meter.check())
             line = {"step": step, "epoch": epoch} | meter.read()
-            line |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+            line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None, "learning_rate": learning_rate}
             if device.type == "cuda":
                 line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if step == 1 and len(set(hashes.values())) == 1:
@@ -1126,7 +1127,7 @@ def train(flags: Flags) -> Path:
 
     log.bar.close()
     after = evaluate_policy(scorer, eval_reference, tokenizer, flags, with_answers=True)
-    log.evaluation(step, epoch, after)
+    log.evaluation(step, step / steps.steps_per_epoch, after)
     if is_main:
         write_results(accelerator.unwrap_model(scorer).model, state["before"], after, tokenizer, log, flags)
     accelerator.end_training()
