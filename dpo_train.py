@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -91,7 +92,7 @@ class Flags:
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     attn_implementation: Literal["auto", "tree", "sdpa"] = flag(
-        "auto", "tree: no mask, on a GPU not run by us yet; sdpa: with a mask; auto: GPU sdpa, CPU tree"
+        "auto", "sdpa: with a mask, auto on a GPU; tree: without one, auto on a CPU, on a GPU not run by us yet"
     )
     precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
     # logs and checkpoints
@@ -153,7 +154,7 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
         ("warmup_steps", flags.max_steps < 0 or flags.warmup_steps < flags.max_steps, "must be below --max_steps"),
         ("max_steps", flags.max_steps == -1 or flags.max_steps > 0, "must be above 0, or -1 for all"),
         ("max_length", flags.max_length >= 16, "must be at least 16"),
-        ("micro_batch_tokens", (flags.micro_batch_tokens or least) >= least,
+        ("micro_batch_tokens", flags.micro_batch_tokens is None or flags.micro_batch_tokens >= least,
          f"must be at least {least}, twice --max_length: a pair's two responses stay together"),
         ("eval_only", not flags.eval_only or flags.ref_model_name_or_path and flags.max_eval_samples,
          "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0"),
@@ -225,7 +226,7 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if flags.gradient_checkpointing:  # in training mode only; transformers before 5.2x know only the second name
+    if flags.gradient_checkpointing:  # acts in training mode only; older transformers know only the second name
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     return model.eval()
 
@@ -289,9 +290,9 @@ def check_model(model: PreTrainedModel, tokenizer, steps: StepBatches, accelerat
         logits = model(input_ids=row, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
         expected.append(logits.log_softmax(-1).gather(1, row[0, -len(ids) :, None]).sum().item())
     scorer, wanted = ResponseScorer(model), torch.tensor(expected, dtype=torch.float64)
-    exactly = of_pairs(scorer(batch), batch)[0].cpu()
+    exactly = gather_pairs(scorer(batch), batch)[0].cpu()
     with accelerator.autocast():
-        roughly = of_pairs(scorer(batch), batch)[0].cpu()
+        roughly = gather_pairs(scorer(batch), batch)[0].cpu()
     for logps, rtol, atol in ((exactly, 2e-5, 1e-2), (roughly, 2e-2, 0.5)):
         if not torch.allclose(logps, wanted, rtol, atol):
             found, own = (", ".join(f"{value:.3f}" for value in values) for values in (logps, wanted))
@@ -301,7 +302,8 @@ def check_model(model: PreTrainedModel, tokenizer, steps: StepBatches, accelerat
             )
 
 
-BYTES_PER_TOKEN = 1.7e6, 0.25e6  # of Qwen2.5-0.5B, a little over what docs/performance.md counts; with checkpointing
+# Activations of Qwen2.5-0.5B, without and with checkpointing: a little over what docs/performance.md counts.
+BYTES_PER_TOKEN = {False: 1.7e6, True: 0.25e6}
 
 
 def rehearse(policy: PreTrainedModel, reference: PreTrainedModel, collate: TreeCollator, accelerator, flags) -> None:
@@ -313,7 +315,7 @@ def rehearse(policy: PreTrainedModel, reference: PreTrainedModel, collate: TreeC
     n_tokens, weights, device = collate.micro_batch_tokens, list(policy.parameters()), accelerator.device
     n_weights, resident = sum(weight.numel() for weight in weights), torch.cuda.memory_allocated()
     n = flags.max_length - 1
-    sides = [np.full(n, number) for number in range((n_tokens - 1) // n)]
+    sides = [np.full(n, number) for number in range((n_tokens - 1) // n)]  # each is in two pairs, but encoded once
     pairs = [{"index": i, "prompt_ids": [0], "chosen_ids": sides[i], "rejected_ids": sides[i + 1]}
              for i in range(len(sides) - 1)]  # fmt: skip
     try:
@@ -367,14 +369,14 @@ def micro_batches(pairs: Pairs, indices: Sequence[int], collate: TreeCollator, a
             yield to_device(batch, accelerator.device)
 
 
-def of_pairs(values: torch.Tensor, batch: dict) -> torch.Tensor:
+def gather_pairs(values: torch.Tensor, batch: dict) -> torch.Tensor:
     """[M] of responses to [P, 2] of pairs, chosen first."""
     return torch.stack([values[batch["chosen_index"]], values[batch["rejected_index"]]], dim=1)
 
 
 def pair_metrics(policy_logps: torch.Tensor, ref_logps: torch.Tensor, batch: dict, flags: Flags):
     """Losses [P], and METRICS [P, K] without gradient, from log-probabilities [P, 2] in nats, chosen first."""
-    lengths = of_pairs(batch["response_lengths"], batch)  # [P, 2] in tokens
+    lengths = gather_pairs(batch["response_lengths"], batch)  # [P, 2] in tokens
     losses, *rewards = dpo_loss(
         *policy_logps.unbind(1), *ref_logps.unbind(1), *lengths.unbind(1),
         flags.beta, flags.label_smoothing, flags.loss_type, flags.sft_weight,
@@ -400,7 +402,7 @@ class ReferenceLogps:
         if self.known[batch["index_on_host"]].all():
             return self.logps[batch["pair_index"]]
         with self.accelerator.autocast():
-            logps = of_pairs(self.scorer(batch), batch)
+            logps = gather_pairs(self.scorer(batch), batch)
         if batch["weight"]:
             self.logps[batch["pair_index"]] = logps
             self.known[batch["index_on_host"]] = True
@@ -453,20 +455,20 @@ def summarize(table: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate_policy(scorer, reference: ReferenceLogps, tokenizer, flags: Flags, with_answers: bool = False) -> dict:
+def evaluate_policy(scorer, ref_logps: ReferenceLogps, tokenizer, flags: Flags, with_answers: bool = False) -> dict:
     """Held-out figures of a policy as it is now, together and by domain, and its answers if asked for.
 
     They are the same for any number of processes and any cut into micro-batches.
     """
-    pairs, accelerator = reference.pairs, reference.accelerator
+    pairs, accelerator = ref_logps.pairs, ref_logps.accelerator
     if not len(pairs):
         return {}
     scorer.eval()
     table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=accelerator.device)
-    for batch in micro_batches(pairs, range(len(pairs)), reference.collate, accelerator, "Evaluating"):
+    for batch in micro_batches(pairs, range(len(pairs)), ref_logps.collate, accelerator, "Evaluating"):
         with accelerator.autocast():
-            policy_logps = of_pairs(scorer(batch), batch)
-        _, metrics = pair_metrics(policy_logps, reference(batch), batch, flags)
+            policy_logps = gather_pairs(scorer(batch), batch)
+        _, metrics = pair_metrics(policy_logps, ref_logps(batch), batch, flags)
         if batch["weight"]:
             table[batch["pair_index"]] = metrics
     table = accelerator.reduce(table, "sum").cpu().numpy()
@@ -486,20 +488,20 @@ def evaluate_policy(scorer, reference: ReferenceLogps, tokenizer, flags: Flags, 
 
 
 def forward_backward(
-    batches: list[dict], n_pairs: int, scorer: torch.nn.Module, reference: ReferenceLogps, meter: "Meter", flags: Flags
+    batches: list[dict], n_pairs: int, scorer: torch.nn.Module, ref_logps: ReferenceLogps, meter: "Meter", flags: Flags
 ) -> None:
     """The gradients of one step's loss: the mean over exactly the step's `n_pairs` pairs, however they are cut.
 
     `batches` are this process's micro-batches of the step; `n_pairs` counts the pairs of all processes.
     """
-    accelerator = reference.accelerator
+    accelerator = ref_logps.accelerator
     with accelerator.autocast():  # around all micro-batches: weights are cast to bf16 once a step
         for batch in batches:
             is_last = batch is batches[-1]
             batch = to_device(batch, accelerator.device)
             with contextlib.nullcontext() if is_last else accelerator.no_sync(scorer):
-                policy_logps = of_pairs(scorer(batch), batch)  # [P, 2]
-                losses, metrics = pair_metrics(policy_logps, reference(batch), batch, flags)  # [P], [P, K]
+                policy_logps = gather_pairs(scorer(batch), batch)  # [P, 2]
+                losses, metrics = pair_metrics(policy_logps, ref_logps(batch), batch, flags)  # [P], [P, K]
                 # DDP averages the gradients over the processes; the loss is a mean over the pairs of all of them.
                 accelerator.backward(losses.sum() * batch["weight"] * accelerator.num_processes / n_pairs)
             if batch["weight"]:
@@ -507,7 +509,7 @@ def forward_backward(
 
 
 class Meter:
-    """What has happened since the last log line. It stays on the device: only `read` and `check` wait for a GPU."""
+    """What has happened since the last log line. It stays on the device: a GPU is waited for only when it is read."""
 
     def __init__(self, steps: StepBatches, accelerator: Accelerator):
         self.steps, self.accelerator, device = steps, accelerator, accelerator.device
@@ -530,7 +532,8 @@ class Meter:
         self.sums[:-1] += torch.where(is_bad, 0.0, self.step_sums)
         self.sums[-1] += is_bad * self.accelerator.is_main_process
         self.step_sums.zero_()
-        self.first_bad = torch.where(is_bad & (self.first_bad < 0), step, self.first_bad)
+        is_first = is_bad & (self.bad_in_a_row == 0) & (self.most_in_a_row < 5)
+        self.first_bad = torch.where(is_first, step, self.first_bad)
         self.bad_in_a_row = torch.where(is_bad, self.bad_in_a_row + 1, 0)
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.bad_in_a_row)
         return is_bad
@@ -774,14 +777,17 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C, so that the run can stop between two steps; a second one ends the process at once."""
+    """Notes SIGTERM and Ctrl-C, so that the run can stop between two steps; the same once more ends the process."""
 
     def __init__(self, accelerator: Accelerator):
         self.caught, self.is_main = False, accelerator.is_main_process
         # Processes agree through a group of their own on CPUs: a question to the GPU in each step would stall it.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def give_back(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
         self.caught = True
@@ -819,12 +825,15 @@ def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, max_new_tokens: int)
     turn by itself.
     """
     _, first = np.unique(pairs.keys, return_index=True)  # one pair of each prompt
-    nth_of_domain = [sum(pairs.domains[j] == pairs.domains[i] for j in first if j < i) for i in first]
-    chosen = sorted(first[np.lexsort((first, nth_of_domain))][:6])
+    seen: Counter[str] = Counter()
+    turns = []
+    for i in sorted(first.tolist()):
+        turns.append((seen[pairs.domains[i]], i))
+        seen[pairs.domains[i]] += 1
     answers, end_id, its_own_config = [], end_of_turn_id(tokenizer), model.generation_config
     # Its own config may ask for penalties or for sampling.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=end_id)
-    for pair in pairs.read(chosen):
+    for pair in pairs.read(sorted(i for _, i in sorted(turns)[:6])):
         prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=model.device)[None]
         output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens)
         ids = output[0, prompt.shape[1] :].tolist()
@@ -900,10 +909,10 @@ def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int
     return table
 
 
-def compare_models(policy: PreTrainedModel, reference: ReferenceLogps, tokenizer, log: RunLog, flags: Flags) -> None:
+def compare_models(policy: PreTrainedModel, ref_logps: ReferenceLogps, tokenizer, log: RunLog, flags: Flags) -> None:
     """--eval_only: the report of a run that would have begun as the reference and ended as the policy."""
-    before = evaluate_policy(reference.scorer, reference, tokenizer, flags, with_answers=True)
-    after = evaluate_policy(ResponseScorer(policy), reference, tokenizer, flags, with_answers=True)
+    before = evaluate_policy(ref_logps.scorer, ref_logps, tokenizer, flags, with_answers=True)
+    after = evaluate_policy(ResponseScorer(policy), ref_logps, tokenizer, flags, with_answers=True)
     if log.accelerator.is_main_process:
         path = log.path.with_name("report.md")
         log.say("\n".join(["", *write_report(path, before, after, flags, 0), "", f"report {path}"]))
@@ -939,7 +948,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
     try:
         return Accelerator(
             log_with=None if flags.report_to == "none" else flags.report_to,
-            project_dir=flags.output_dir,
+            project_dir=".",  # some trackers want one now; where they write is set below
             mixed_precision=flags.mixed_precision,
             # Otherwise accelerate lets several processes on CPUs run side by side and know nothing of each other, and
             # takes a Mac's GPU, which has no float64.
@@ -954,7 +963,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise UserError(f"--mixed_precision {flags.mixed_precision}: {error}") from None
+        raise UserError(f"accelerate can't start with these flags: {first_line(error)}") from None
 
 
 TRACKERS = {  # the variable that names a project, and what accelerate's tracker calls the name of a run
@@ -969,6 +978,7 @@ def start_tracker(accelerator: Accelerator, flags: Flags) -> None:
         variable, run_name = TRACKERS.get(flags.report_to, ("", ""))
         options = {flags.report_to: {run_name: Path(flags.output_dir).name}} if run_name else {}
         config = {name: str(value) if value is None else value for name, value in public(flags).items()}
+        accelerator.project_configuration.logging_dir = flags.output_dir
         accelerator.init_trackers(os.environ.get(variable, "dpo"), config=config, init_kwargs=options)
 
 
@@ -1036,52 +1046,52 @@ def train(flags: Flags) -> Path:
     checkpoint, state = read_checkpoint(folder, settings, flags)
     step = state["step"]
     log = RunLog(folder / "metrics.jsonl", accelerator, step, total_steps)
-    start_tracker(accelerator, flags)
     say(header(flags, data.summary(), policy, tokenizer, steps, total_steps))
     n_bytes = 4 * sum(weight.numel() for weight in policy.parameters())  # of the model; AdamW's moments are two more
     if flags.save_steps and (free := shutil.disk_usage(folder).free) < n_bytes * (4 + 3 * flags.save_total_limit):
         say(f"warning: {free / 1e9:.1f} GB are free; each of the checkpoints will take {n_bytes * 3e-9:.1f}")
 
     # The reference's log-probabilities: computed as they are needed, or all before the policy moves.
-    stop = StopSignals(accelerator)
-    train_reference, eval_reference = (
+    train_ref, eval_ref = (
         ReferenceLogps(pairs, steps.collate, reference, accelerator) for pairs in (data.train, data.held_out)
     )
     if flags.eval_only:
-        compare_models(policy, eval_reference, tokenizer, log, flags)
+        compare_models(policy, eval_ref, tokenizer, log, flags)
         return folder
+    start_tracker(accelerator, flags)
+    stop = StopSignals(accelerator)
     if checkpoint is not None:
-        train_reference.load_state_dict(state["reference"])
+        train_ref.load_state_dict(state.pop("reference"))
     if flags.precompute_ref_log_probs:
-        eval_reference.fill(stop)
-        train_reference.fill(stop)
+        eval_ref.fill(stop)
+        train_ref.fill(stop)
     del reference  # precomputed, it is no longer in memory
 
-    # What changes from step to step: the policy's weights, `step`, and these four.
+    # The policy and what else changes from step to step, as they are at the start or in the checkpoint.
     if checkpoint is not None:
-        policy = load_model(str(checkpoint), flags).to(device)
+        policy = load_model(str(checkpoint), flags, "--resume_from_checkpoint").to(device)
     scorer = accelerator.prepare(ResponseScorer(policy.train()))
     rate = {"lr": flags.learning_rate, "weight_decay": flags.weight_decay}
     optimizer = torch.optim.AdamW(scorer.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True, **rate)
     # Not prepared: a prepared scheduler steps once per process, and the learning rate would fall N times too fast.
     scheduler = transformers.get_scheduler(flags.lr_scheduler_type, optimizer, warmup_steps, total_steps)
     meter = Meter(steps, accelerator)
-    stateful = {"optimizer": optimizer, "scheduler": scheduler, "meter": meter, "reference": train_reference}
+    stateful = {"optimizer": optimizer, "scheduler": scheduler, "meter": meter}
     if checkpoint is not None:
         for name, owner in stateful.items():
             owner.load_state_dict(state.pop(name))
         if is_main:
             cut_metrics(log.path, step)
         log.write({"step": step, "event": "resumed", "checkpoint": checkpoint.name})
+    stateful["reference"] = train_ref
     go_on = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
     if flags.precompute_ref_log_probs and stop.requested():
-        if checkpoint is None:
-            save_checkpoint(folder, state, stateful, scorer, tokenizer, flags, log)
+        save_checkpoint(folder, state, stateful, scorer, tokenizer, flags, log)
         raise Stopped(f"stopped while precomputing; {go_on}")
     if step == 0:
         log.write({"step": 0, "event": "start", "loss_at_start": loss_at_start(flags), "flags": public(flags)})
         with meter.paused():
-            state["before"] = evaluate_policy(scorer, eval_reference, tokenizer, flags, with_answers=True)
+            state["before"] = evaluate_policy(scorer, eval_ref, tokenizer, flags, with_answers=True)
         log.evaluation(0, 0.0, state["before"])
     loader = torch.utils.data.DataLoader(
         steps, sampler=range(step, total_steps), batch_size=None, pin_memory=device.type == "cuda",
@@ -1089,7 +1099,7 @@ def train(flags: Flags) -> Path:
     )  # fmt: skip
 
     for batches in loader:
-        forward_backward(batches, len(steps.indices(step)), scorer, train_reference, meter, flags)
+        forward_backward(batches, len(steps.indices(step)), scorer, train_ref, meter, flags)
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), flags.max_grad_norm or math.inf)
         is_bad = meter.end_step(step, grad_norm)
         optimizer.found_inf = is_bad.float()  # then the fused AdamW changes nothing
@@ -1100,7 +1110,7 @@ def train(flags: Flags) -> Path:
         step += 1
         epoch = step / steps.steps_per_epoch
         if step % steps.steps_per_epoch == 0:
-            train_reference.share()
+            train_ref.share()
 
         if step == 1 or step % flags.logging_steps == 0 or step == total_steps:
             log.warn("skipped", meter.check())
@@ -1115,7 +1125,7 @@ def train(flags: Flags) -> Path:
                 log.warn(name, text)
         if flags.eval_steps and step % flags.eval_steps == 0 and step < total_steps:
             with meter.paused():
-                log.evaluation(step, epoch, evaluate_policy(scorer, eval_reference, tokenizer, flags))
+                log.evaluation(step, epoch, evaluate_policy(scorer, eval_ref, tokenizer, flags))
         stopping = stop.requested() and step < total_steps
         if stopping or flags.save_steps and (step % flags.save_steps == 0 or step == total_steps):
             with meter.paused():
@@ -1126,7 +1136,8 @@ def train(flags: Flags) -> Path:
             raise Stopped(f"stopped after step {step}; {go_on}")
 
     log.bar.close()
-    after = evaluate_policy(scorer, eval_reference, tokenizer, flags, with_answers=True)
+    stop.give_back()
+    after = evaluate_policy(scorer, eval_ref, tokenizer, flags, with_answers=True)
     log.evaluation(step, step / steps.steps_per_epoch, after)
     if is_main:
         write_results(accelerator.unwrap_model(scorer).model, state["before"], after, tokenizer, log, flags)
