@@ -265,14 +265,11 @@ def load_models(tokenizer, steps: StepBatches, accelerator: Accelerator, flags: 
     return policy, reference, hashes
 
 
-@torch.no_grad()
 def check_model(model: PreTrainedModel, tokenizer, steps: StepBatches, accelerator: Accelerator, flags: Flags) -> None:
-    """Compare the log-probabilities over a tree with the model's own logits, in float32 and in the run's precision.
+    """Is this a model whose log-probabilities over a tree are its own, in float32 and in the run's precision?
 
-    The tree is a prompt that fills up --max_length, and two responses. A model whose attention ignores the mask or
-    looks back less far, or whose logits are more than hidden states times LM head, fails here.
-
-    Raises UserError if they differ, or if the vocabulary or the attention window is too small.
+    It is not if its attention ignores the mask or looks back less far than --max_length, or if its logits are more than
+    hidden states times LM head. Raises UserError then, or if its vocabulary is too small.
     """
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
         raise UserError(f"{model.name_or_path}: its vocabulary is smaller than that of the policy's tokenizer")
@@ -280,26 +277,37 @@ def check_model(model: PreTrainedModel, tokenizer, steps: StepBatches, accelerat
     layers = getattr(model.config, "layer_types", ["sliding_attention"])
     if window < flags.max_length and "sliding_attention" in layers:
         raise UserError(f"--max_length {flags.max_length}: {model.name_or_path} looks back {window} tokens only")
+    reason = None
+    try:
+        own, exactly, roughly = logps_both_ways(model, steps, accelerator, flags.max_length)
+        for logps, rtol, atol in ((exactly, 2e-5, 1e-2), (roughly, 2e-2, 0.5)):
+            if not torch.allclose(logps, own, rtol, atol):
+                texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, own)]
+                reason = f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
+    except (ValueError, TypeError, NotImplementedError) as error:  # of its forward pass
+        reason = first_line(error)
+    if reason:
+        text = "its attention or its LM head is of another kind"
+        raise UserError(f"{type(model).__name__} can't be trained here: {reason}; {text}")
+
+
+@torch.no_grad()
+def logps_both_ways(model: PreTrainedModel, steps: StepBatches, accelerator: Accelerator, max_length: int):
+    """[2] log-probabilities of two responses to a prompt that fills up `max_length`: by the model's own logits, over a
+    tree, and over a tree under autocast."""
     (pair,) = steps.pairs.read([0])
     responses = [np.asarray(pair[name])[-64:] for name in ("chosen_ids", "rejected_ids")]
-    prompt = np.resize(pair["prompt_ids"], flags.max_length - max(map(len, responses)))
+    prompt = np.resize(pair["prompt_ids"], max_length - max(map(len, responses)))
     pair = {"index": 0, "prompt_ids": prompt, "chosen_ids": responses[0], "rejected_ids": responses[1]}
-    batch, expected = to_device(steps.collate([pair])[0], accelerator.device), []
+    batch, own = to_device(steps.collate([pair])[0], accelerator.device), []
     for ids in responses:
         row = torch.from_numpy(np.concatenate([prompt, ids]).astype(np.int64))[None].to(accelerator.device)
         logits = model(input_ids=row, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
-        expected.append(logits.log_softmax(-1).gather(1, row[0, -len(ids) :, None]).sum().item())
-    scorer, wanted = ResponseScorer(model), torch.tensor(expected, dtype=torch.float64)
-    exactly = gather_pairs(scorer(batch), batch)[0].cpu()
+        own.append(logits.log_softmax(-1).gather(1, row[0, -len(ids) :, None]).sum().item())
+    exactly = gather_pairs(ResponseScorer(model)(batch), batch)[0].cpu()
     with accelerator.autocast():
-        roughly = gather_pairs(scorer(batch), batch)[0].cpu()
-    for logps, rtol, atol in ((exactly, 2e-5, 1e-2), (roughly, 2e-2, 0.5)):
-        if not torch.allclose(logps, wanted, rtol, atol):
-            found, own = (", ".join(f"{value:.3f}" for value in values) for values in (logps, wanted))
-            raise UserError(
-                f"{type(model).__name__} can't be trained here: log-probabilities over shared prompts ({found}) differ "
-                f"from its own ({own}); its attention or its LM head is of another kind"
-            )
+        roughly = gather_pairs(ResponseScorer(model)(batch), batch)[0].cpu()
+    return torch.tensor(own, dtype=torch.float64), exactly, roughly
 
 
 # Activations of Qwen2.5-0.5B, without and with checkpointing: a little over what docs/performance.md counts.
