@@ -26,8 +26,7 @@ CHATML = (
 WORDS = "天地人你我他山水火木金土大小多少高低远近红绿白好坏快慢来去上下左右中外东西南北春夏秋冬风花雪月"
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """ChatML over byte-level BPE; as in Qwen2.5, "!" has id 0 and the eos is not the template's end-of-turn."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,6 +45,11 @@ def tokenizer():
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
 def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -55,13 +59,16 @@ def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory, tokenizer) -> Path:
+def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A model's folder, weights stored in bf16 as Qwen2.5's are."""
-    folder = tmp_path_factory.mktemp("model")
     tiny_qwen2(len(tokenizer)).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 def make_rows(n_prompts: int = 24, seed: int = 0) -> list[dict]:

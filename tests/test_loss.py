@@ -1,69 +1,120 @@
-"""loss.py against numbers derived by hand, and against the naive way in float64."""
+"""loss.py against numbers derived by hand, against the naive way in float64, and against TRL over eight steps."""
 
+import itertools
+import json
 import math
+from importlib.util import find_spec
 
+import make_trl_fixture as trl_fixture
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpo_train
 import loss
-from loss import dpo_loss, response_logps
+from loss import LOSSES, dpo_loss, response_logps
+
+# Three pairs: log-probabilities of policy and reference, chosen and rejected, and the responses' tokens. Their
+# log-ratios are c = -10 + 12 = 2, r = -20 + 18 = -2;  c = -1, r = 1;  c = r = 0, as at the start of a run.
+POLICY = torch.tensor([[-10.0, -20.0], [-1.0, -1.0], [-7.0, -9.0]])
+REFERENCE = torch.tensor([[-12.0, -18.0], [0.0, -2.0], [-7.0, -9.0]])
+LENGTHS = torch.tensor([[4, 2], [2, 1], [5, 3]])
 
 
-def test_dpo_loss_by_hand():
-    """beta = 0.5, two pairs.
+def losses_of(policy=POLICY, **settings):
+    return dpo_loss(*policy.unbind(1), *REFERENCE.unbind(1), *LENGTHS.unbind(1), **settings)
 
-    Pair 1: log-ratios chosen -10 - (-12) = 2, rejected -20 - (-18) = -2; rewards 1 and -1; margin 2;
-    loss -log sigmoid(2) = log(1 + e^-2) = 0.126928.
-    Pair 2: log-ratios chosen -1 - 0 = -1, rejected -1 - (-2) = 1; rewards -0.5 and 0.5; margin -1;
-    loss -log sigmoid(-1) = log(1 + e) = 1.313262.
+
+BY_HAND = {
+    ("sigmoid", 0.0): [0.126928, 1.313262, 0.693147],
+    ("sigmoid", 0.25): [0.626928, 1.063262, 0.693147],
+    ("sigmoid_norm", 0.0): [0.386871, 1.136871, 0.693147],
+    ("hinge", 0.0): [0.0, 2.0, 1.0],
+    ("ipo", 0.0): [0.25, 6.25, 1.0],
+    ("robust", 0.0): [0.126928, 1.313262, 0.693147],
+    ("robust", 0.25): [-0.873072, 1.813262, 0.693147],
+    ("apo_zero", 0.0): [0.537883, 1.244918, 1.0],
+    ("apo_down", 0.0): [0.850262, 1.108600, 1.0],
+}
+
+
+@pytest.mark.parametrize("loss_type, label_smoothing", BY_HAND)
+def test_losses_by_hand(loss_type, label_smoothing):
+    """beta = 0.5, so that beta (c - r), the margin, is 2, -1, 0. Of the three pairs, s being the logistic function:
+
+    sigmoid       -log s(2) = log(1 + e^-2) = 0.126928;  log(1 + e) = 1.313262;  log 2 = 0.693147
+      eps = 0.25  0.75 x 0.126928 + 0.25 x (0.126928 + 2) = 0.626928, since -log s(-z) = -log s(z) + z;
+                  0.75 x 1.313262 + 0.25 x (1.313262 - 1) = 1.063262;  log 2
+    sigmoid_norm  c / n_c - r / n_r = 2/4 + 2/2 = 1.5;  -1/2 - 1/1 = -1.5;  0.  Times beta 0.75, -0.75, 0:
+                  log(1 + e^-0.75) = 0.386871;  0.386871 + 0.75 = 1.136871;  log 2
+    hinge         max(0, 1 - 2) = 0;  1 + 1 = 2;  1
+    ipo           1 / (2 beta) = 1:  (1.5 - 1)^2 = 0.25;  (-1.5 - 1)^2 = 6.25;  1
+    robust        eps = 0: sigmoid.  eps = 0.25: (0.75 x 0.126928 - 0.25 x 2.126928) / 0.5 = -0.873072;
+                  (0.75 x 1.313262 - 0.25 x 0.313262) / 0.5 = 1.813262;  (0.75 - 0.25) log 2 / 0.5 = log 2
+    apo_zero      1 - s(1) + s(-1) = 1 - 0.731059 + 0.268941 = 0.537883;
+                  1 - s(-0.5) + s(0.5) = 1 - 0.377541 + 0.622459 = 1.244918;  1 - 0.5 + 0.5 = 1
+    apo_down      s(1) + 1 - s(2) = 0.731059 + 1 - 0.880797 = 0.850262;
+                  s(-0.5) + 1 - s(-1) = 0.377541 + 1 - 0.268941 = 1.108600;  0.5 + 1 - 0.5 = 1
+
+    The rewards are beta c and beta r, whatever the loss.
     """
-    policy_chosen, policy_rejected = torch.tensor([-10.0, -1.0]), torch.tensor([-20.0, -1.0])
-    ref_chosen, ref_rejected = torch.tensor([-12.0, 0.0]), torch.tensor([-18.0, -2.0])
-    losses, chosen, rejected = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.5)
-    torch.testing.assert_close(losses, torch.tensor([0.126928, 1.313262]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(chosen, torch.tensor([1.0, -0.5]))
-    torch.testing.assert_close(rejected, torch.tensor([-1.0, 0.5]))
+    losses, chosen, rejected = losses_of(beta=0.5, label_smoothing=label_smoothing, loss_type=loss_type)
+    expected = torch.tensor(BY_HAND[loss_type, label_smoothing])
+    torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(chosen, torch.tensor([1.0, -0.5, 0.0]))
+    torch.testing.assert_close(rejected, torch.tensor([-1.0, 0.5, 0.0]))
 
 
-def test_label_smoothing_by_hand():
-    """Margin 2 with smoothing 0.25: 0.75 log(1 + e^-2) + 0.25 log(1 + e^2) = 0.75 * 0.126928 + 0.25 * 2.126928."""
-    zero = torch.zeros(1)
-    losses, _, _ = dpo_loss(zero + 2, zero - 2, zero, zero, beta=0.5, label_smoothing=0.25)
-    assert losses.item() == pytest.approx(0.75 * 0.126928 + 0.25 * 2.126928, abs=1e-5)
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_equal_models_lose_ln_2(label_smoothing):
-    chosen, rejected = torch.randn(5) * 100, torch.randn(5) * 100
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, chosen, rejected, label_smoothing=label_smoothing
-    )
-    torch.testing.assert_close(losses, torch.full((5,), math.log(2)))
-    assert not chosen_rewards.any() and not rejected_rewards.any()
+def test_each_loss_is_tested():
+    assert {loss_type for loss_type, _ in BY_HAND} == set(LOSSES)
+    assert {flags["loss_type"] for flags in trl_fixture.CASES.values()} == set(LOSSES)
 
 
 def test_gradient_is_the_papers():
-    """Section 4: d loss / d log pi(y_w|x) = -beta sigmoid(-margin), and the opposite for y_l. Rewards carry none."""
-    policy = torch.tensor([[-3.0, -4.0], [-7.0, -2.0]], requires_grad=True)
-    reference = torch.tensor([[-3.5, -3.0], [-6.0, -2.5]])
-    losses, chosen, rejected = dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=0.2)
+    """Section 4: d loss / d log pi(y_w|x) = -beta s(-margin), and the opposite for y_l. Rewards carry none."""
+    policy = POLICY.clone().requires_grad_()
+    losses, chosen, rejected = dpo_loss(*policy.unbind(1), *REFERENCE.unbind(1), beta=0.5)  # needs no lengths
     losses.sum().backward()
-    margin = 0.2 * ((policy - reference)[:, 0] - (policy - reference)[:, 1])
-    expected = -0.2 * torch.sigmoid(-margin)
-    torch.testing.assert_close(policy.grad, torch.stack([expected, -expected], 1).detach())
+    expected = -0.5 * torch.sigmoid(-torch.tensor([2.0, -1.0, 0.0]))
+    torch.testing.assert_close(policy.grad, torch.stack([expected, -expected], 1))
     assert not chosen.requires_grad and not rejected.requires_grad
 
 
-def test_far_margins_stay_finite():
-    far = torch.tensor([1e4, -1e4])
-    losses, _, _ = dpo_loss(far, -far, far * 0, far * 0)
-    torch.testing.assert_close(losses, torch.tensor([0.0, 2000.0]))
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_sft_term_by_hand(loss_type):
+    """Negative log-likelihoods of the chosen responses a token: 10/4 = 2.5, 1/2 = 0.5, 7/5 = 1.4; times 0.1 they are
+    what is added, and d / d log pi(y_w|x) is -0.1 / 4, -0.1 / 2, -0.1 / 5. The rejected ones take no part."""
+    settings, gradients = {"beta": 0.5, "loss_type": loss_type}, []
+    for sft_weight in (0.0, 0.1):
+        policy = POLICY.clone().requires_grad_()
+        losses, chosen, _ = losses_of(policy, **settings, sft_weight=sft_weight)
+        losses.sum().backward()
+        gradients.append(policy.grad)
+    torch.testing.assert_close(losses, losses_of(**settings)[0] + torch.tensor([0.25, 0.05, 0.14]))
+    torch.testing.assert_close(chosen, torch.tensor([1.0, -0.5, 0.0]))
+    more = torch.tensor([[-0.025, 0.0], [-0.05, 0.0], [-0.02, 0.0]])
+    torch.testing.assert_close(gradients[1] - gradients[0], more, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_far_margins_stay_finite(loss_type, label_smoothing):
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    zero, one = torch.zeros(2), torch.ones(2)
+    losses, _, _ = dpo_loss(far, -far, zero, zero, one, one, label_smoothing=label_smoothing, loss_type=loss_type)
+    losses.sum().backward()
+    assert losses.isfinite().all() and far.grad.isfinite().all()
+    if (loss_type, label_smoothing) == ("sigmoid", 0.0):
+        torch.testing.assert_close(losses, torch.tensor([0.0, 2000.0]))
 
 
 def test_unknown_loss_type():
-    with pytest.raises(ValueError, match="unknown loss_type 'hinge'; there is: sigmoid"):
-        dpo_loss(*torch.zeros(4, 1), loss_type="hinge")
+    with pytest.raises(KeyError, match="simpo"):
+        dpo_loss(*torch.zeros(4, 1), loss_type="simpo")
+
+
+# --- log-probabilities of responses
 
 
 def naive_response_logps(hidden, weight, target_ids, response_index, n_responses):
@@ -87,14 +138,14 @@ def example(dtype=torch.float64, n_tokens=23, n_words=37, width=8):
 
 @pytest.mark.parametrize("tiles", [(2048, 8192), (5, 7), (1, 1)])
 def test_response_logps_against_the_naive_loop(tiles, monkeypatch):
-    monkeypatch.setattr(loss, "TILES", (tiles, tiles))
+    monkeypatch.setitem(loss.TILES, "cpu", tiles)
     inputs = example()
     torch.testing.assert_close(response_logps(*inputs), naive_response_logps(*inputs), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("tiles", [(2048, 8192), (5, 7)])
 def test_response_logps_gradients(tiles, monkeypatch):
-    monkeypatch.setattr(loss, "TILES", (tiles, tiles))
+    monkeypatch.setitem(loss.TILES, "cpu", tiles)
     hidden, weight, target_ids, response_index, n = example()
     upstream = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
 
@@ -105,7 +156,6 @@ def test_response_logps_gradients(tiles, monkeypatch):
     (torch.zeros(n, dtype=torch.float64).index_add(0, response_index, token_logps) * upstream).sum().backward()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=0)
-    torch.autograd.gradcheck(lambda h, w: response_logps(h, w, target_ids, response_index, n), ours)
 
 
 def test_bf16_products_have_exact_sums():
@@ -133,9 +183,55 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_never_exist_at_once(monkeypatch):
-    monkeypatch.setattr(loss, "TILES", ((16, 32), (16, 32)))
+    monkeypatch.setitem(loss.TILES, "cpu", (16, 32))
     inputs = example(torch.float32, n_tokens=500, n_words=300)
     hidden, weight = (tensor.requires_grad_() for tensor in inputs[:2])
     with LargestTensor() as largest:
         response_logps(hidden, weight, *inputs[2:]).sum().backward()
     assert largest.n_elements == 500 * 8  # the gradient of the hidden states; the logits would be 500 * 300
+
+
+# --- eight steps, as TRL takes them
+
+
+def train_ours(case, model_dir, data_file, folder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    flags = {"model_name_or_path": model_dir, "dataset_name": data_file, "output_dir": folder}
+    flags |= trl_fixture.FLAGS | trl_fixture.CASES[case]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    dpo_train.train(dpo_train.parse_flags(words))
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: line[name] for name in trl_fixture.COMPARED} for line in lines if "grad_norm" in line]
+
+
+def largest_difference(ours, theirs):
+    assert len(ours) == len(theirs) == trl_fixture.STEPS
+    return max(abs(a[name] - b[name]) for a, b in zip(ours, theirs, strict=True) for name in trl_fixture.COMPARED)
+
+
+def read_trl_fixture():
+    return json.loads(trl_fixture.FIXTURE.read_text())
+
+
+@pytest.mark.parametrize("case", trl_fixture.CASES)
+def test_eight_steps_are_those_of_trl(case, model_dir, data_file, tmp_path):
+    """Loss, gradient norm before clipping, log-probabilities and rewards: make_trl_fixture.py wrote TRL's."""
+    assert largest_difference(train_ours(case, model_dir, data_file, tmp_path / "run"), read_trl_fixture()[case]) < 1e-3
+
+
+@pytest.mark.parametrize("case", trl_fixture.CASES)
+@pytest.mark.skipif(not find_spec("trl"), reason="uv run --with trl==1.16.0 python -m pytest tests/test_loss.py")
+def test_eight_steps_are_those_of_trl_here_and_now(case, model_dir, data_file, tmp_path):
+    theirs = trl_fixture.train_trl(case, model_dir, data_file)
+    assert largest_difference(theirs, read_trl_fixture()[case]) < 1e-3
+    assert largest_difference(train_ours(case, model_dir, data_file, tmp_path / "run"), theirs) < 1e-3
+
+
+def test_the_comparison_with_trl_can_fail():
+    """In eight steps, any two of the losses lead to clearly other log-probabilities."""
+    found = read_trl_fixture()
+    for one, other in itertools.combinations(trl_fixture.CASES, 2):
+        chosen = [[line["logps/chosen"] for line in found[case]] for case in (one, other)]
+        differences = [abs(a - b) for a, b in zip(*chosen, strict=True)]
+        assert differences[0] < 1e-4 and max(differences) > 0.05, (one, other)
