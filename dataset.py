@@ -162,7 +162,8 @@ def read_triple(row: Any) -> Triple:
     read = _text if isinstance(chosen, str) and isinstance(rejected, str) else _messages
     chosen, rejected = read(chosen, "chosen"), read(rejected, "rejected")
     common = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-    if prompt is None or read is _messages and common:  # TRL's implicit prompt: what both begin with
+    is_implicit = prompt is None or read is _messages and common and row.get("conversations") is None
+    if is_implicit:  # TRL's form: the prompt is what both begin with, whatever stands beside it
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     elif read is _text:
         prompt = _text(prompt, "prompt")
@@ -180,7 +181,8 @@ def read_triple(row: Any) -> Triple:
         raise Unusable("prompt: empty")
     if not chosen.strip() or not rejected.strip():
         raise Unusable("response: empty")
-    return Triple(prompt, chosen, rejected, row["domain"] if isinstance(row.get("domain"), str) else "")
+    domain = _text(row["domain"], "domain") if isinstance(row.get("domain"), str) else ""
+    return Triple(prompt, chosen, rejected, domain)
 
 
 def _as_turn(value: Any) -> Any:
@@ -232,7 +234,7 @@ class Encoder:
         self.specials = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
         # Tokenizers of Llama 2's kind write a space in front of every text. Behind a line break there is none.
         self.front = "" if self._ids(["\n天"])[0] == sum(self._ids(["\n", "天"]), []) else "\n"
-        self.n_front = len(self._ids([self.front])[0])
+        self.front_ids = self._ids([self.front])[0]
 
     def encode(self, triples: Sequence[Triple | Unusable]) -> list[dict | Unusable]:
         """Tokens of each triple, or why there are none; an `Unusable` passes through.
@@ -279,9 +281,13 @@ class Encoder:
         return prompt, *(self.front + text[len(prompt) :] for text in answered)
 
     def _cut(self, triple: Triple, prompt_ids: list[int], *responses: list[int]) -> dict | Unusable:
-        end = self.tokenizer.eos_token_id if isinstance(triple.prompt, str) else self.end_of_turn_id
+        end, eos, n_front = self.end_of_turn_id, self.tokenizer.eos_token_id, len(self.front_ids)
+        if isinstance(triple.prompt, str) and eos is not None:
+            end = eos
+        if any(ids[:n_front] != self.front_ids for ids in responses):
+            return Unusable("the tokenizer merges the response with the line break before it")
         # What a template writes behind its end-of-turn ("\n") belongs to the next turn.
-        responses = [ids[self.n_front : ids.index(end) if end in ids else None] + [end] for ids in responses]
+        responses = [ids[n_front : ids.index(end) if end in ids else None] + [end] for ids in responses]
         longest = max(map(len, responses))
         n_prompt = min(len(prompt_ids), max(self.max_length // 2, self.max_length - longest))
         chosen_ids, rejected_ids = (ids[: self.max_length - n_prompt] for ids in responses)
