@@ -4,7 +4,6 @@ Drawings are SVG on a light card of their own, so that they read on white and on
 """
 
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -13,12 +12,13 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 
-from dataset import TreeCollator, tree_mask  # noqa: E402
-from loss import dpo_loss  # noqa: E402
+from dataset import TreeCollator  # noqa: E402
+from loss import dpo_loss, tree_mask  # noqa: E402
 
 SANS = "Helvetica, Arial, 'DejaVu Sans', 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', sans-serif"
 INK, SOFT, LINE, CARD, EMPTY = "#1F2933", "#52606D", "#9AA5B1", "#FFFFFF", "#EEF1F4"
-BRANCHES = ("#5B6675", "#0072B2", "#C44E00", "#00795A")  # x, y1, y2, y3; white text reads on each of them
+BRANCHES = ("#5B6675", "#0072B2", "#C44E00", "#00795A")  # of the prompt and three responses; white reads on each
+RESPONSES = ("x", "y1", "y2", "y3")
 
 # The example of TreeCollator's docstring: one prompt, two pairs that share their chosen response.
 PAIRS = [
@@ -28,7 +28,7 @@ PAIRS = [
 
 
 class Drawing:
-    """A growing list of SVG elements."""
+    """A growing list of SVG elements. Labels are plain text: some renderers garble nested spans."""
 
     def __init__(self, width: int, height: int, title: str):
         self.parts = [
@@ -48,17 +48,9 @@ class Drawing:
         )
 
     def text(self, x, y, text, size=14, color=INK, anchor="middle", bold=False):
-        """`y~w` is y with the subscript w."""
         weight = ' font-weight="bold"' if bold else ""
-        down, up, small = size * 0.25, -size * 0.25, size * 0.75
-
-        def lower(match: re.Match) -> str:  # a space at a tspan's edge may vanish: a shift does not
-            gap = f' dx="{size * 0.3:g}"' if match[2] else ""
-            return f'<tspan dy="{down:g}" font-size="{small:g}">{match[1]}</tspan><tspan dy="{up:g}"{gap}>'
-
-        spans = re.sub(r"~(\w+)( ?)", lower, str(text)) + "</tspan>" * str(text).count("~")
         self.parts.append(
-            f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{weight}>{spans}</text>'
+            f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{weight}>{text}</text>'
         )
 
     def path(self, d, tip=True, dash="", color=SOFT, width=1.6):
@@ -78,15 +70,15 @@ IDEA = {
         "title": "RLHF fits a reward model and then samples; DPO puts the pairs into one loss",
         "rlhf": "RLHF: two trainings and a sampling loop",
         "dpo": "DPO: one training on fixed pairs",
-        "pairs": ("preference pairs", "x, y~w ≻ y~l"),
+        "pairs": ("preference pairs", "chosen > rejected"),
         "reward": ("reward model", "r(x, y)"),
-        "policy": ("policy", "π~θ (trained)"),
-        "reference": ("reference", "π~ref (frozen)"),
+        "policy": ("policy", "πθ (trained)"),
+        "reference": ("reference", "πref (frozen)"),
         "fit": "1. fit",
         "score": "2. scores",
         "sample": "answers y",
-        "kl": "stay near (KL)",
-        "loss": ("loss of a pair:", "−log σ(β · (log-ratio of y~w − log-ratio of y~l))"),
+        "kl": "KL penalty",
+        "loss": ("loss of a pair:", "−log σ(β · (log-ratio of chosen − log-ratio of rejected))"),
         "one": "one loss",
         "ratio": "log-ratio",
     },
@@ -94,15 +86,15 @@ IDEA = {
         "title": "RLHF 先拟合奖励模型再采样；DPO 把偏好对直接写进一个损失",
         "rlhf": "RLHF：两次训练，外加采样循环",
         "dpo": "DPO：在固定的偏好对上训练一次",
-        "pairs": ("偏好对", "x, y~w ≻ y~l"),
+        "pairs": ("偏好对", "chosen > rejected"),
         "reward": ("奖励模型", "r(x, y)"),
-        "policy": ("策略模型", "π~θ（训练）"),
-        "reference": ("参考模型", "π~ref（冻结）"),
+        "policy": ("策略模型", "πθ（训练）"),
+        "reference": ("参考模型", "πref（冻结）"),
         "fit": "1. 拟合",
         "score": "2. 打分",
         "sample": "采样回答 y",
-        "kl": "不许走远 (KL)",
-        "loss": ("每对的损失：", "−log σ(β · (y~w 的对数比 − y~l 的对数比))"),
+        "kl": "KL 惩罚",
+        "loss": ("偏好对的损失：", "−log σ(β · (chosen 的对数比 − rejected 的对数比))"),
         "one": "一个损失",
         "ratio": "对数比",
     },
@@ -139,7 +131,7 @@ def draw_idea(name: str, words: dict) -> None:
     d.path("M172 318H272")
     d.path("M528 318H428", dash="5 4")
     d.text(20, 378, words["loss"][0], 14, anchor="start", bold=True)
-    d.text(142 if words["loss"][0].isascii() else 112, 378, words["loss"][1], 14, anchor="start")
+    d.text(142 if words["loss"][0].isascii() else 126, 378, words["loss"][1], 14, anchor="start")
     d.text(222, 311, words["one"], 13, SOFT)
     d.text(477, 311, words["ratio"], 13, SOFT)
     d.save(name)
@@ -154,8 +146,7 @@ def draw_tree() -> None:
     total = 0
     for r, (pair, name, branch) in enumerate(rows):
         y = 20 + r * 48
-        d.text(24, y + 27, f"pair {pair['index']}  y~{'w' if name == 'chosen' else 'l'} = y~{branch}", 15,
-               anchor="start")  # fmt: skip
+        d.text(24, y + 27, f"pair {pair['index']}, {name}: {RESPONSES[branch]}", 15, anchor="start")
         ids = pair["prompt_ids"] + pair[f"{name}_ids"]
         total += len(ids)
         for i, token in enumerate(ids):
@@ -179,7 +170,7 @@ def draw_tree() -> None:
     for first, width, branch in ((0, 2, 0), (2, 2, 1), (4, 2, 2), (6, 3, 3)):
         x = left + first * side
         d.path(f"M{x + 4} {y + 106}H{x + width * side - 4}", tip=False, color=BRANCHES[branch], width=3)
-        d.text(x + width * side / 2, y + 126, f"y~{branch}" if branch else "x", 15, BRANCHES[branch], bold=True)
+        d.text(x + width * side / 2, y + 126, RESPONSES[branch], 15, BRANCHES[branch], bold=True)
     d.text(24, y - 40, f"{len(tokens)} tokens", 15, SOFT, "start")
     d.text(24, y - 18, "predictor → target", 15, SOFT, "start")
     d.save("tree.svg")
@@ -204,7 +195,7 @@ def draw_mask() -> None:
     middle = y + 2 * 74 + 20
     for i, token in enumerate(tokens[:2]):
         d.token(x + i * side, middle - 20 - 74, side, token, BRANCHES[0])
-    d.text(x + side, middle - 20 - 74 - 10, "x", 15, BRANCHES[0], bold=True)
+    d.text(x + side, middle - 20 - 74 - 10, RESPONSES[0], 15, BRANCHES[0], bold=True)
     at = 2
     for branch, width in ((1, 2), (2, 2), (3, 3)):
         row_y = y + (branch - 1) * 74
@@ -213,11 +204,12 @@ def draw_mask() -> None:
                f"{start - 2} {row_y + 20}", color=BRANCHES[branch])  # fmt: skip
         for i in range(width):
             d.token(start + i * side, row_y, side, tokens[at + i], BRANCHES[branch])
-        d.text(start + 14, row_y - 8, f"y~{branch}", 15, BRANCHES[branch], bold=True)
+        d.text(start + 14, row_y - 8, RESPONSES[branch], 15, BRANCHES[branch], bold=True)
         at += width
-    for i, (color, label) in enumerate([(BRANCHES[0], "0"), (EMPTY, "dtype min")]):
-        d.box(x + i * 90, 372, 20, 20, color, LINE, radius=4)
-        d.text(x + 28 + i * 90, 388, label, 14, SOFT, "start")
+    for i, color in enumerate((*BRANCHES, EMPTY)):
+        d.box(x + i * 22 + 50 * (color == EMPTY), 372, 20, 20, color, LINE, radius=4)
+    d.text(x + 94, 388, "0", 14, SOFT, "start")
+    d.text(x + 166, 388, "dtype min", 14, SOFT, "start")
     d.save("tree_mask.svg")
 
 
