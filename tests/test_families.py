@@ -33,6 +33,7 @@ FAMILIES = {
     "Llama 3": ("Llama", {"rope_theta": 5e5}, CHATML),
     "Mistral, no window": ("Mistral", {"sliding_window": None}, CHATML),
     "Phi 3": ("Phi3", {"pad_token_id": 0}, CHATML),
+    "Gemma 3, window 4096": ("Gemma3Text", {"sliding_window": 4096}, CHATML),
     "SmolLM3": ("SmolLM3", {"pad_token_id": 0}, CHATML),
     "GPT-2, plain text": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}, None),
 }
