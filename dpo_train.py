@@ -733,7 +733,7 @@ def read_checkpoint(folder: Path, settings: dict[str, Any], flags: Flags) -> tup
     try:
         state = torch.load(chosen / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no archive makes torch raise
-        raise UserError(f"{chosen} is no whole checkpoint ({first_line(error)}): remove it or name another") from None
+        raise UserError(f"{chosen} is no whole checkpoint ({first_line(error)}): remove it, take `latest`") from None
     for name, value in settings.items():
         if (old := state["settings"].get(name)) != value:
             hint = " (the file, the tokenizer, --max_length, --max_*_samples or --domains)" * (name == "data")
@@ -854,7 +854,7 @@ def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, max_new_tokens: int)
                 "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
                 "n_tokens": len(ids),
                 "stopped": end_id in ids,
-                "repetition": 1 - len(set(grams)) / max(1, len(grams)),
+                "repetition": (len(grams) - len(set(grams))) / max(1, len(grams)),
             }
         )
     model.generation_config = its_own_config
