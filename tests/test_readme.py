@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {"accelerate": ["--max_steps", "3", "--max_eval_samples", "20"]}  # the demo again: once in full is enough
@@ -37,7 +38,6 @@ def clone(tmp_path_factory):
 
 
 def test_the_commands_work_as_printed(clone):
-    ran = []
     for command in commands(ROOT / "README.md"):
         words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
         if words == ["pytest"]:
@@ -50,8 +50,8 @@ def test_the_commands_work_as_printed(clone):
         program = [sys.executable, *program, *SHORTER.get(words[0], [])]
         done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        ran.append(words)
-    assert [words[0] for words in ran].count("dpo_train.py") == 3 and len(ran) == 6
+        if "--output" in words:
+            assert (clone / words[words.index("--output") + 1]).stat().st_size > 0
 
     lines = [json.loads(line) for line in (clone / "output/demo/metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if "loss" in line)
@@ -59,20 +59,18 @@ def test_the_commands_work_as_printed(clone):
     assert first["loss"] == pytest.approx(0.6931, abs=5e-4)
     assert before["eval_rewards/accuracies"] == 0.5 and 0.4 < before["eval_logps/accuracies"] < 0.6
     assert after["eval_rewards/accuracies"] >= 0.9 and after["eval_logps/accuracies"] >= 0.9
-    for name in ("output/demo/report.md", "output/demo/loss.png", "output/eval/report.md", "output/two.svg"):
-        assert (clone / name).stat().st_size > 0
+    for name in ("report.md", "loss.png"):
+        assert (clone / "output/demo" / name).stat().st_size > 0
 
 
 def test_the_trained_demo_model_answers_and_stops_by_itself(clone):
+    """As any program would use it."""
     if not (clone / "output/demo/model.safetensors").exists():
         pytest.skip("needs the demo's model: run the whole file")
-    code = """if True:
-        from transformers import pipeline
-        chat = pipeline("text-generation", "output/demo")
-        question = [{"role": "user", "content": "阿宁比小军起得早，阿成比阿宁起得早，三人里谁起得最晚？"}]
-        print(chat(question, max_new_tokens=200, do_sample=False)[0]["generated_text"][-1]["content"])"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
-    assert "小军" in done.stdout and len(done.stdout) < 100, done.stderr[-2000:]
+    chat = transformers.pipeline("text-generation", str(clone / "output/demo"))
+    question = [{"role": "user", "content": "阿宁比小军起得早，阿成比阿宁起得早，三人里谁起得最晚？"}]
+    answer = chat(question, max_new_tokens=200, do_sample=False)[0]["generated_text"][-1]["content"]
+    assert "小军" in answer and len(answer) < 100
 
 
 def test_both_languages_show_the_same_runnable_commands():

@@ -1,16 +1,15 @@
 """Nothing is lost: runs killed at any moment, and rows of any kind."""
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 
-import torch
-from conftest import make_rows
-from safetensors.torch import load_file
-from test_train import ROOT, read_metrics, run
+from conftest import make_rows, write_jsonl
+from test_train import ROOT, losses, read_metrics, run, same_weights, type_here
 
 from dataset import load_rows, prepare
 
@@ -23,14 +22,15 @@ def test_killed_at_random_moments_and_resumed(tmp_path, pytestconfig):
     """
     n_kills = pytestconfig.getoption("kills")
     words = [
-        sys.executable, "dpo_train.py", "--demo", "--max_train_samples", "400", "--train_batch_size", "16",
-        "--max_steps", str(8 + 5 * n_kills), "--save_steps", "1", "--max_eval_samples", "20", "--eval_steps", "0",
-        "--max_new_tokens", "0", "--logging_steps", "1",
+        "--demo", "--max_train_samples", "100", "--train_batch_size", "4", "--max_steps", str(6 + 4 * n_kills),
+        "--save_steps", "1", "--max_eval_samples", "0", "--logging_steps", "1", "--output_dir",
     ]  # fmt: skip
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*words, "--output_dir", str(whole)], cwd=ROOT, check=True, capture_output=True)
+    assert type_here([*words, whole]).returncode == 0
     one_before, last = sorted(path.stat().st_mtime for path in whole.glob("checkpoint-*"))  # two are kept
     seconds_per_step = last - one_before
+    command = [sys.executable, "dpo_train.py", *words, str(folder)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: kernels divide their sums among threads
 
     rng, kills, resumes = random.Random(0), 0, 0
     while True:
@@ -38,9 +38,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path, pytestconfig):
         resumes += bool(resume)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
-        process = subprocess.Popen(
-            [*words, "--output_dir", str(folder), *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen([*command, *resume], cwd=ROOT, env=one_thread, **pipes)
         if kills < n_kills:
             n_steps = rng.randint(1, 3)
             for line in process.stdout:  # wait for a few steps: a kill before them tests nothing
@@ -57,12 +56,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path, pytestconfig):
             break
         assert process.returncode == -signal.SIGKILL, error.decode()
     assert kills == n_kills and resumes
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    trajectories = [
-        [(line["step"], line["loss"]) for line in read_metrics(path) if "loss" in line] for path in (folder, whole)
-    ]
-    assert trajectories[0] == trajectories[1]
+    assert same_weights(folder, whole)
+    assert losses(read_metrics(folder)) == losses(read_metrics(whole))
 
 
 def fuzzed_rows(n, seed=0):
@@ -84,32 +79,24 @@ def fuzzed_rows(n, seed=0):
             row["rejected"] = row["chosen"]
         else:
             row = rng.choice([None, 1, "text", [], [row], {}])
-        if (
-            isinstance(row, dict)
-            and isinstance(row.get(field), str)
-            and row[field].strip()
-            and field != "conversations"
-        ):
-            continue  # a response as plain text is accepted
         rows.append(row)
     return rows
 
 
-def strange_rows():
-    """Rows that look odd and are good: their texts are trained on as they are."""
-    texts = ["\x00", "!" * 9, "<|im_end|>", "<|im_start|>assistant\n", "\ufdd00\ufdd1", "好" * 100_000, "a" * 100_000,
-             "\u202e反", "👩‍👩‍👧", "\r\n", '"}],', "\\ud800", "{{ messages }}", "{% raise %}"]  # fmt: skip
-    for i, text in enumerate(texts):
-        yield {
-            "conversations": [{"from": "human", "value": f"问{i}{text[:50]}"}],
-            "chosen": {"from": "gpt", "value": f"好{text}"},
-            "rejected": {"from": "gpt", "value": f"坏{text}"},
-        }
+ODD = ["\x00", "!" * 9, "<|im_end", "\ufdd00\ufdd1", "好" * 100_000, "a" * 100_000, "\u202e反", "👩‍👩‍👧", "\r\n",
+       '"}],', "\\ud800", "{{ messages }}", "{% raise %}"]  # fmt: skip
+
+
+def row_with(prompt, chosen, rejected):
+    turns = {"from": "human", "value": f"问{prompt}"}, {"from": "gpt", "value": f"好{chosen}"}
+    return {"conversations": [turns[0]], "chosen": turns[1], "rejected": turns[1] | {"value": f"坏{rejected}"}}
 
 
 def test_fuzzed_rows_cost_nothing(tmp_path, tokenizer, model_dir):
-    good = [*make_rows(450), *strange_rows()][-1000:]
-    bad = fuzzed_rows(1000)
+    """Bad rows and rows with special tokens are dropped and counted; of the others not one token differs."""
+    good = [*make_rows(450), *(row_with(i, text, text) for i, text in enumerate(ODD))][-1000:]
+    special = [row_with("<|im_end|>", 1, 2), row_with(1, "<|im_start|>user\n", 2), row_with(1, 2, "<|endoftext|>")]
+    bad = [*fuzzed_rows(1000), *special]
     mixed = [(row, True) for row in good] + [(row, False) for row in bad]
     random.Random(1).shuffle(mixed)
     path = tmp_path / "mixed.jsonl"
@@ -120,9 +107,9 @@ def test_fuzzed_rows_cost_nothing(tmp_path, tokenizer, model_dir):
     data = prepare(load_rows(str(path)), tokenizer, max_length=128, max_eval_samples=0)
     assert sorted(data.train.rows) == [i for i, (_, is_good) in enumerate(mixed) if is_good]
     assert sum(count for count, _ in data.dropped.values()) == len(bad) + 4
+    assert data.dropped["contains a special token"][0] == len(special)
 
-    alone = tmp_path / "good.jsonl"
-    alone.write_text("".join(json.dumps(row) + "\n" for row, is_good in mixed if is_good))
+    alone = write_jsonl(tmp_path / "good.jsonl", [row for row, is_good in mixed if is_good])
     clean = prepare(load_rows(str(alone)), tokenizer, max_length=128, max_eval_samples=0)
-    assert clean.fingerprint == data.fingerprint  # not one token differs
+    assert clean.train.fingerprint == data.train.fingerprint
     run(model_dir, path, tmp_path / "run", max_steps=3)

@@ -1,71 +1,105 @@
-"""dpo_train.py: whole runs of a tiny model, in this process or as a user would type them."""
+"""dpo_train.py as a user meets it: its command line, what it prints, the files that a run writes.
 
-import copy
+Most runs are of a tiny model and in this process (`run`), some in processes of their own (`type_command`). Nothing of
+dpo_train.py is replaced: what must go wrong goes wrong by a row, a weight, a flag, a signal or a limit of the system.
+"""
+
+import contextlib
+import dataclasses
 import gc
+import io
 import json
 import math
 import os
 import re
-import shlex
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import unicodedata
+import types
+import warnings
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import accelerate
+import matplotlib.figure
+import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+import transformers
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.tracking import GeneralTracker
-from conftest import emulate_gpu_attention, make_rows, tiny_qwen2, write_jsonl
-from safetensors import safe_open
+from conftest import emulate_varlen, make_rows, tiny_qwen2, write_jsonl
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    get_scheduler,
-)  # fmt: skip
+from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 import dpo_train
-from dataset import Encoder, epoch_order, load_rows, prepare, read_triple
-from loss import dpo_loss
+from dataset import epoch_order, load_rows, prepare
+from loss import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "train_batch_size": 8, "learning_rate": 2e-3, "max_length": 128, "mixed_precision": "no", "logging_steps": 1,
-    "max_eval_samples": 8, "max_new_tokens": 0, "num_train_epochs": 2, "eval_steps": 0, "save_steps": 0,
+    "max_train_samples": 54, "max_eval_samples": 8, "max_new_tokens": 0, "num_train_epochs": 2, "eval_steps": 0,
+    "save_steps": 0,
 }  # fmt: skip
+SIDES = "chosen_ids", "rejected_ids"
+TIMING = "pairs_per_second", "tokens_per_second"
 
 
 def arguments(model_dir, data_file, output_dir, **changes):
-    settings = (
-        {"model_name_or_path": model_dir, "dataset_name": data_file, "output_dir": output_dir} | SETTINGS | changes
-    )
+    settings = {"model_name_or_path": model_dir, "dataset_name": data_file, "output_dir": output_dir}
+    settings |= SETTINGS | changes
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+class Screen(io.StringIO):
+    """Takes what is printed. When `cue` is printed, it does `act`, once."""
+
+    def __init__(self, cue=None, act=None, terminal=False):
+        super().__init__()
+        self.cue, self.act, self.terminal = cue, act, terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        if self.cue and self.cue in text:
+            self.cue = None
+            self.act()
+        return super().write(text)
+
+
+def type_here(words, **screen):
+    """The command line in this process: as `type_command`, but without the seconds that a process takes to start."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = Screen(**screen), Screen(**screen)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = dpo_train.main([str(word) for word in words])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def run(model_dir, data_file, output_dir, **changes):
     """One run in this process; its metrics, a dict for each line."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    dpo_train.train(dpo_train.parse_flags(arguments(model_dir, data_file, output_dir, **changes)))
+    done = type_here(arguments(model_dir, data_file, output_dir, **changes))
+    assert done.returncode == 0, done.stderr
     return read_metrics(output_dir)
 
 
-def read_metrics(folder):
-    path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def losses(metrics):
-    return [line["loss"] for line in metrics if "loss" in line]
+def refused(model_dir, data_file, output_dir, **changes):
+    """The one line with which a run ends that must not be."""
+    done = type_here(arguments(model_dir, data_file, output_dir, **changes))
+    assert done.returncode == 1 and done.stderr.startswith("dpo_train.py: ") and done.stderr.count("\n") == 1
+    return done.stderr
 
 
 def type_command(*words, cwd=ROOT, env=None, timeout=170):
@@ -74,77 +108,165 @@ def type_command(*words, cwd=ROOT, env=None, timeout=170):
     return subprocess.run(words, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
+def read_metrics(folder):
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def training(metrics):
+    return [line for line in metrics if "loss" in line]
+
+
+def losses(metrics):
+    return [line["loss"] for line in training(metrics)]
+
+
+def comparable(metrics):
+    """All that a repeated run must log alike."""
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in metrics if "event" not in line]
+
+
+def same_weights(one, other):
+    ours, theirs = (load_file(Path(folder) / "model.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("*checkpoint*"))
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny(kind, tokenizer, **changes):
+    """A model of any family."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": len(tokenizer), "num_key_value_heads": 2}
+    return kind(kind.config_class(**sizes | changes))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """Drawing takes longer than a tiny run. test_plot_loss.py and test_readme.py look at pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"picture"))
+        yield
+
+
 @pytest.fixture(scope="module")
-def plain_run(tmp_path_factory, model_dir, data_file):
+def plain(tmp_path_factory, model_dir, data_file):
+    """The run that others are compared with: 14 steps, with a checkpoint every fourth; its folder and its metrics."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    return folder, run(model_dir, data_file, folder)
+    return folder, run(model_dir, data_file, folder, save_steps=4, save_total_limit=9)
 
 
-def test_a_run_starts_at_ln_2_and_learns(plain_run):
-    _, metrics = plain_run
-    first, last = losses(metrics)[0], losses(metrics)[-1]
-    assert first == pytest.approx(math.log(2), abs=1e-6) and last < 0.5
-    assert metrics[0]["eval_loss"] == pytest.approx(math.log(2)) and metrics[0]["eval_rewards/accuracies"] == 0.5
-    assert [line["step"] for line in metrics if "loss" in line] == list(range(1, len(losses(metrics)) + 1))
-    assert metrics[-1]["eval_loss"] != metrics[0]["eval_loss"]
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory, tokenizer):
+    return save(tiny_qwen2(len(tokenizer), seed=1), tokenizer, tmp_path_factory.mktemp("other"))
 
 
-def test_the_trained_model_loads_and_knows_where_to_stop(plain_run, model_dir, tokenizer):
-    folder, _ = plain_run
+# ---------------------------------------------------------------------------------------------------------------------
+# The right losses
+
+
+def test_a_run_starts_at_ln_2_and_learns(plain):
+    _, metrics = plain
+    start, before, *lines, after = metrics
+    assert start["event"] == "start" and start["flags"]["beta"] == 0.1
+    assert before["eval_loss"] == pytest.approx(math.log(2)) and before["eval_rewards/accuracies"] == 0.5
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[-1]["loss"] < 0.5
+    assert after["eval_loss"] != before["eval_loss"]
+    # Warm-up of ceil(0.1 * 14) = 2 steps: the rate is 0, 1/2 and 1 of its peak, then falls as a cosine.
+    rates = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([2e-3 * rate for rate in rates])
+
+
+def test_the_trained_model_loads_and_knows_where_to_stop(plain, model_dir, tokenizer):
+    folder, _ = plain
     model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32
     assert loaded.chat_template == tokenizer.chat_template
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [end, tokenizer.eos_token_id]
-    start = load_file(model_dir / "model.safetensors")
-    assert any(
-        not torch.equal(weight, start[name].float()) for name, weight in load_file(folder / "model.safetensors").items()
-    )
+    assert not same_weights(folder, model_dir)
     for name in ("report.md", "loss.png"):
         assert (folder / name).stat().st_size > 0
 
 
-def naive_losses(model_dir, data_file, seed=42, **changes):
-    """The same run, the plain way: a row for each response, full logits, no sharing, no cutting, no accelerate."""
-    settings = SETTINGS | changes
+def logp(model, pair, side):
+    """log pi(y|x) the plain way: a row of its own, full logits."""
+    ids, n = torch.tensor([[*pair["prompt_ids"], *pair[side]]]), len(pair["prompt_ids"])
+    return model(input_ids=ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None]).double().sum()
+
+
+def naive_run(model_dir, data_file, **changes):
+    """The same run, written down once more: no sharing, no cutting, no table, no accelerate, the loss spelt out."""
+    flags = types.SimpleNamespace(**dataclasses.asdict(dpo_train.Flags()) | SETTINGS | changes)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = [json.loads(line) for line in Path(data_file).read_text().splitlines()]
-    data = prepare(load_rows(str(data_file)), tokenizer, settings["max_length"], None, settings["max_eval_samples"])
-    pairs = Encoder(tokenizer, settings["max_length"]).encode([read_triple(rows[i]) for i in data.train.rows])
+    rows = load_rows(str(data_file))
+    data = prepare(rows, tokenizer, flags.max_length, flags.max_train_samples, flags.max_eval_samples).train
+    pairs = data.read(range(len(data)))
     policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    reference = copy.deepcopy(policy)
-    per_epoch = math.ceil(len(pairs) / settings["train_batch_size"])
-    n_steps = per_epoch * settings["num_train_epochs"]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
-    scheduler = get_scheduler("cosine", optimizer, math.ceil(0.1 * n_steps), n_steps)
-
-    def logp(model, pair, side):
-        ids = torch.tensor([pair["prompt_ids"] + pair[side]])
-        n = len(pair["prompt_ids"])
-        return model(input_ids=ids).logits[0, n - 1 : -1].log_softmax(-1).gather(1, ids[0, n:, None]).sum()
-
-    out = []
+    reference = AutoModelForCausalLM.from_pretrained(flags.ref_model_name_or_path or model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        ref = [[logp(reference, pair, side) for side in SIDES] for pair in pairs]
+    per_epoch = math.ceil(len(pairs) / flags.train_batch_size)
+    n_steps = math.ceil(flags.num_train_epochs * per_epoch)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=flags.learning_rate, weight_decay=flags.weight_decay)
+    warmup = flags.warmup_steps or math.ceil(flags.warmup_ratio * n_steps)
+    scheduler = transformers.get_scheduler(flags.lr_scheduler_type, optimizer, warmup, n_steps)
+    lines = []
     for step in range(n_steps):
         epoch, k = divmod(step, per_epoch)
-        order = epoch_order(data.train.keys, seed, epoch)[k * settings["train_batch_size"] :][
-            : settings["train_batch_size"]
-        ]
-        scores = torch.stack([logp(m, pairs[i], side) for i in order for m in (policy, reference)
-                              for side in ("chosen_ids", "rejected_ids")]).view(-1, 4)  # fmt: skip
-        loss = dpo_loss(*scores[:, :2].unbind(1), *scores[:, 2:].detach().unbind(1))[0].mean()
+        order = epoch_order(data.keys, flags.seed, epoch, flags.group_by_prompt)
+        total, eps = 0.0, flags.label_smoothing
+        batch = order[k * flags.train_batch_size : (k + 1) * flags.train_batch_size]
+        for i in batch:
+            chosen, rejected = (logp(policy, pairs[i], side) for side in SIDES)
+            margin = flags.beta * ((chosen - ref[i][0]) - (rejected - ref[i][1]))
+            total -= (1 - eps) * logsigmoid(margin) + eps * logsigmoid(-margin)
+            total -= flags.sft_weight * chosen / len(pairs[i]["chosen_ids"])
+        loss = total / len(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm or math.inf)
+        lines.append({"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": scheduler.get_last_lr()[0]})
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        out.append(loss.item())
-    return out
+    return lines
 
 
-def test_the_run_equals_a_naive_loop(plain_run, model_dir, data_file):
-    expected = naive_losses(model_dir, data_file)
-    assert losses(plain_run[1]) == pytest.approx(expected, abs=2e-4)
-    assert len(expected) == 14 and min(expected) < 0.5
+OTHER_FLAGS = {
+    "beta": 0.3, "label_smoothing": 0.2, "sft_weight": 0.1, "train_batch_size": 10, "learning_rate": 3e-3,
+    "lr_scheduler_type": "linear", "warmup_steps": 3, "weight_decay": 2.0, "max_grad_norm": 8.0,
+    "num_train_epochs": 1.5, "seed": 7, "group_by_prompt": False, "max_length": 48, "max_train_samples": 50,
+    "max_eval_samples": 3,
+}  # fmt: skip
+
+
+UNCLIPPED = {"max_grad_norm": 0, "lr_scheduler_type": "constant", "num_train_epochs": 1}
+
+
+@pytest.mark.parametrize("changes", [{}, OTHER_FLAGS, UNCLIPPED], ids=["defaults", "every flag another", "unclipped"])
+def test_the_run_equals_a_naive_loop(plain, model_dir, data_file, other_model, tmp_path, changes):
+    if changes is OTHER_FLAGS:
+        changes = changes | {"ref_model_name_or_path": other_model}
+    lines = training(run(model_dir, data_file, tmp_path / "run", **changes) if changes else plain[1])
+    expected = naive_run(model_dir, data_file, **changes)
+    for name, tolerance in (("loss", {"abs": 2e-4}), ("grad_norm", {"rel": 2e-3}), ("learning_rate", {})):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], **tolerance), name
+    assert len(lines) == {1: 7, 2: 14, 1.5: 8}[changes.get("num_train_epochs", 2)]
+    if "beta" in changes:  # clipped in some steps only: Adam forgets a factor that is the same in all of them
+        assert 2 <= sum(line["grad_norm"] > changes["max_grad_norm"] for line in lines) <= len(lines) - 2
 
 
 @pytest.mark.parametrize(
@@ -152,283 +274,158 @@ def test_the_run_equals_a_naive_loop(plain_run, model_dir, data_file):
     [
         {"micro_batch_tokens": 256},
         {"gradient_checkpointing": True},
-        {"attn_implementation": "eager"},
-        {"attn_implementation": "sdpa"},
+        {"attn_implementation": "sdpa", "gradient_checkpointing": True},
         {"precompute_ref_log_probs": True},
+        {"max_eval_samples": 8, "eval_steps": 3, "save_steps": 5},
     ],
-    ids=lambda changes: "-".join(map(str, *changes.items())),
+    ids=lambda changes: "-".join(map(str, changes)),
 )
-def test_one_trajectory_for_every_way_of_computing_it(plain_run, model_dir, data_file, tmp_path, changes):
-    expected = losses(plain_run[1])
-    assert losses(run(model_dir, data_file, tmp_path / "run", **changes)) == pytest.approx(expected, abs=1e-5)
+def test_one_trajectory_for_every_way_of_computing_it(plain, model_dir, data_file, tmp_path, changes):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = run(model_dir, data_file, tmp_path / "run", **changes)
+    assert losses(metrics) == pytest.approx(losses(plain[1]), abs=1e-5)
+    assert not [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
 
 
-@pytest.mark.parametrize("implementation", ["tree", "flex"])
-def test_one_trajectory_with_the_attention_of_gpus(
-    plain_run, model_dir, data_file, tmp_path, monkeypatch, implementation
+def test_one_trajectory_by_our_reading_of_the_varlen_kernel(plain, model_dir, data_file, tmp_path, monkeypatch):
+    """The index arithmetic of `tree` on a GPU, with the kernel emulated as we read its documentation."""
+    emulate_varlen(monkeypatch)
+    assert losses(run(model_dir, data_file, tmp_path / "run")) == pytest.approx(losses(plain[1]), abs=1e-5)
+
+
+def test_what_accelerate_config_left_in_the_environment_changes_nothing(
+    plain, model_dir, data_file, tmp_path, monkeypatch
 ):
-    emulate_gpu_attention(monkeypatch, implementation)
-    assert losses(run(model_dir, data_file, tmp_path / "run")) == pytest.approx(losses(plain_run[1]), abs=1e-5)
+    left = {"GRADIENT_ACCUMULATION_STEPS": "8", "DYNAMO_BACKEND": "INDUCTOR", "MIXED_PRECISION": "bf16"}
+    for name, value in left.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert comparable(run(model_dir, data_file, tmp_path / "run")) == comparable(plain[1])
 
 
-def test_compiled_layers_give_the_same_losses(slow, model_dir, data_file, tmp_path):
-    settings = {"max_steps": 2, "lr_scheduler_type": "constant"}
-    expected = losses(run(model_dir, data_file, tmp_path / "plain", **settings))
-    compiled = losses(run(model_dir, data_file, tmp_path / "run", torch_compile=True, **settings))
-    assert compiled == pytest.approx(expected, abs=1e-4)
-
-
-def test_one_trajectory_without_sharing(plain_run, model_dir, data_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo_train, "TreeCollator", lambda *args, **kwargs: UNSHARED(*args, share=False, **kwargs))
-    assert losses(run(model_dir, data_file, tmp_path / "run")) == pytest.approx(losses(plain_run[1]), abs=1e-5)
-
-
-UNSHARED = dpo_train.TreeCollator
-
-
-def launch(n_processes, *words):
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_processes),
-        "--main_process_port", "0", "dpo_train.py", *words,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "n_processes, changes", [(2, {}), (4, {"train_batch_size": 3, "max_steps": 20, "save_steps": 9})]
-)
-def test_one_trajectory_for_any_number_of_processes(
-    request, plain_run, model_dir, data_file, tmp_path, n_processes, changes
+@pytest.mark.parametrize("loss_type, sft_weight", [*((name, 0.0) for name in LOSSES), ("sigmoid", 0.5), ("ipo", 2.0)])
+def test_each_loss_starts_where_it_says_is_cut_at_will_and_resumes(
+    model_dir, data_file, tmp_path, loss_type, sft_weight
 ):
-    """Also with steps of fewer pairs, and of fewer prompts, than processes: losses to 1e-5, weights to 1e-3."""
-    folder, (alone, expected) = tmp_path / "run", plain_run
-    if changes:
-        request.getfixturevalue("slow")
-        alone = tmp_path / "alone"
-        expected = run(model_dir, data_file, alone, **changes)
-    done = type_command(*launch(n_processes, *arguments(model_dir, data_file, folder, **changes)))
-    assert done.returncode == 0, done.stderr
-    assert f"{n_processes} process" in done.stdout
-    metrics = read_metrics(folder)
-    assert losses(metrics) == pytest.approx(losses(expected), abs=1e-5)
-    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"):
-        assert metrics[-1][name] == pytest.approx(expected[-1][name], abs=2e-3)
-    assert metrics[-2]["learning_rate"] == pytest.approx(expected[-2]["learning_rate"])
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(alone / "model.safetensors")
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-3)
-
-
-def test_a_process_that_dies_ends_the_others(model_dir, data_file, tmp_path):
-    words = launch(2, *arguments(model_dir, data_file, tmp_path / "run", num_train_epochs=1000))
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            break
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-
-
-def test_what_is_not_supported_says_so(model_dir, data_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(dpo_train.UserError, match="FSDP is not supported, only one process or DDP"):
-        run(model_dir, data_file, tmp_path / "run")
-
-
-def test_too_little_room_is_told_at_the_start(tmp_path, monkeypatch):
-    """494M parameters: 2.0 GB of model, 5.9 GB a checkpoint, three at once with --save_total_limit 2."""
-    said, usage = [], shutil.disk_usage(tmp_path)
-    check = lambda: dpo_train.check_room(tmp_path / "run", 494_000_000, dpo_train.Flags(), said.append)  # noqa: E731
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=7_000_000_000))
-    with pytest.raises(dpo_train.UserError, match="7.0 GB are free, and the run may need 7.9 GB"):
-        check()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=19_000_000_000))
-    check()
-    assert "19.0 GB are free, and the run may need 19.8 GB (--save_total_limit 2)" in said.pop()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000_000))
-    check()
-    assert not said
-
-
-def test_the_rehearsal_changes_nothing_and_explains_a_full_gpu(tokenizer):
-    """On a CPU here; it has not run on a GPU yet."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True)
-    policy, seen = tiny_qwen2(len(tokenizer)), []
-    reference = dpo_train.ResponseScorer(copy.deepcopy(policy))
-    reference.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    before = copy.deepcopy(policy.state_dict())
-    dpo_train.rehearse(policy, reference, accelerator, dpo_train.TreeCollator(300), max_length=64)
-    assert all(weight.grad is None for weight in policy.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
-    (batch,) = seen
-    assert batch["input_ids"].shape == (1, 1 + 4 * 63) and batch["position_ids"].max() == 63
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    policy.forward = policy.base_model.forward = full
-    with pytest.raises(dpo_train.UserError, match="memory is too small"):
-        dpo_train.rehearse(policy, reference, accelerator, dpo_train.TreeCollator(8192), max_length=1024)
-    # 31,616 weights: 108.8 bytes a token, 12 * 31,616 for gradients and AdamW; room for 5,000 tokens is left.
-    limit = 9_000_000 + 12 * 31_616 + 5_000 * 109
-    text = dpo_train.out_of_memory(8192, 9_000_000, limit, tiny_model_of(31_616))
-    assert "--micro_batch_tokens 8192: 4864 should fit" in text and "--gradient_checkpointing" in text
-    assert "\n" not in text
-
-
-def tiny_model_of(n_parameters):
-    return torch.nn.ParameterList([torch.zeros(n_parameters)])
-
-
-def test_the_schedule(plain_run, model_dir, data_file, tmp_path):
-    """14 steps, warm-up of ceil(0.1 * 14) = 2: the rate is 0, 1/2 and 1 of its peak, then falls as a cosine."""
-    rates = [line["learning_rate"] for line in plain_run[1] if "loss" in line]
-    expected = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
-    assert rates == pytest.approx([2e-3 * rate for rate in expected])
-    constant = run(model_dir, data_file, tmp_path / "run", lr_scheduler_type="constant", max_steps=3)
-    assert [line["learning_rate"] for line in constant if "loss" in line] == [2e-3] * 3
-
-
-def test_logged_values_are_means_over_the_pairs_since_the_last_line(plain_run, model_dir, data_file, tmp_path):
-    sparse = run(model_dir, data_file, tmp_path / "run", logging_steps=5)
-    lines = [line for line in sparse if "loss" in line]
-    assert [line["step"] for line in lines] == [1, 5, 10, 14]
-    each = losses(plain_run[1])
-    sizes = [8, 8, 8, 8, 8, 8, 6] * 2  # 54 pairs: the tail of each epoch is a step of its own
-    expected = sum(loss * n for loss, n in zip(each[5:10], sizes[5:10], strict=True)) / sum(sizes[5:10])
-    assert lines[2]["loss"] == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("precompute", [False, True])
-def test_resume_equals_uninterrupted(model_dir, data_file, tmp_path, precompute):
-    """Bit for bit, from the middle of an epoch, of a log window and of the reference's first pass."""
-    settings = {"logging_steps": 3, "save_steps": 4, "eval_steps": 6, "precompute_ref_log_probs": precompute}
+    """At the start policy and reference agree: log-ratios are 0, and the SFT term is added to what is known."""
+    settings = {"loss_type": loss_type, "sft_weight": sft_weight, "beta": 0.4, "max_steps": 4, "save_steps": 2,
+                "max_eval_samples": 0}  # fmt: skip
     whole = run(model_dir, data_file, tmp_path / "whole", save_total_limit=9, **settings)
-    folder = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", folder / "checkpoint-4")
-    shutil.copy(tmp_path / "whole" / "metrics.jsonl", folder)  # with lines behind step 4, as a crash leaves them
-    resumed = run(model_dir, data_file, folder, resume_from_checkpoint="latest", **settings)
-    timing = ("pairs_per_second", "tokens_per_second")
-
-    def comparable(metrics):
-        return [{k: v for k, v in line.items() if k not in timing} for line in metrics if "event" not in line]
-
-    assert comparable(resumed) == comparable(whole)
-    assert [line["step"] for line in resumed if "event" in line] == [4]
-    for name in ("model.safetensors", "checkpoint-14/model.safetensors"):
-        ours, theirs = load_file(folder / name), load_file(tmp_path / "whole" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert (folder / "report.md").read_text() == (tmp_path / "whole" / "report.md").read_text()
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    settings |= {"resume_from_checkpoint": "latest", "micro_batch_tokens": 256}
+    cut = run(model_dir, data_file, tmp_path / "cut", **settings)
+    assert losses(cut) == pytest.approx(losses(whole)[2:], rel=1e-5)
+    first = training(whole)[0]
+    assert first["loss"] == pytest.approx(whole[0]["loss_at_start"] + sft_weight * first["nll_loss"], rel=1e-5)
+    by_hand = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": (1 / (2 * 0.4)) ** 2, "apo_zero": 1.0, "apo_down": 1.0}
+    assert whole[0]["loss_at_start"] == pytest.approx(by_hand.get(loss_type, whole[0]["loss_at_start"]))
 
 
-def test_checkpoints_are_whole_and_limited(model_dir, data_file, tmp_path):
-    folder = tmp_path / "run"
-    run(model_dir, data_file, folder, save_steps=3, save_total_limit=2)
-    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-12", "checkpoint-14"]
-    older = {"resume_from_checkpoint": folder / "checkpoint-12"}
-    with pytest.raises(dpo_train.UserError, match="checkpoint-14 is newer and would be lost; go on with `latest`, or"):
-        run(model_dir, data_file, folder, **older)
-    branch = run(model_dir, data_file, tmp_path / "branch", **older)
-    assert [line["step"] for line in branch if "loss" in line] == [13, 14]
-    with pytest.raises(dpo_train.UserError, match="branch holds another run"):
-        run(model_dir, data_file, tmp_path / "branch", **older)
-    (folder / "checkpoint-14" / "optimizer.pt").write_bytes(b"half")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    said = []
-    flags = dpo_train.parse_flags(arguments(model_dir, data_file, folder, resume_from_checkpoint="latest"))
-    assert dpo_train.choose_checkpoint(flags, folder, said.append).name == "checkpoint-12"
-    assert "checkpoint-14 is no whole checkpoint (optimizer.pt has another size" in said[0]
+class Products(TorchDispatchMode):
+    """Counts the matrix products and the attention by the dtype that they compute in."""
 
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
 
-def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_higher_number(tmp_path):
-    def save(step, limit):
-        dpo_train.save_checkpoint(tmp_path, limit, lambda folder: (folder / "x").write_text("whole"), {"step": step})
-        return sorted(path.name for path in tmp_path.iterdir())
-
-    save(1, 9)
-    save(2, 9)
-    save(3, 9)
-    (tmp_path / "checkpoint-3" / "x").write_text("hal")  # `latest` goes on from 2
-    assert save(4, 9) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
-    (tmp_path / "checkpoint-4" / "x").write_text("hal")
-    assert save(3, 1) == ["checkpoint-3"]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"train_batch_size": 4}, "--train_batch_size was 8 and is 4 now"),
-        ({"max_train_samples": 20}, "data was"),
-        ({"beta": 0.2}, "--beta was 0.1 and is 0.2 now"),
-        ({"model_name_or_path": "other"}, "policy's start (hash) was"),
-    ],
-)
-def test_resuming_another_run_is_refused(model_dir, data_file, tmp_path, tokenizer, changes, message):
-    folder = tmp_path / "run"
-    run(model_dir, data_file, folder, save_steps=2, max_steps=2)
-    if "model_name_or_path" in changes:
-        tiny_qwen2(len(tokenizer), seed=1).save_pretrained(tmp_path / "other")
-        tokenizer.save_pretrained(tmp_path / "other")
-        changes = {"model_name_or_path": tmp_path / "other"}
-    with pytest.raises(dpo_train.UserError) as error:
-        run(**{"model_dir": model_dir, "data_file": data_file, "output_dir": folder, "max_steps": 2,
-               "resume_from_checkpoint": "latest"} | changes)  # fmt: skip
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bf16_computes_in_bf16_over_float32_weights(model_dir, data_file, tmp_path, monkeypatch):
-    seen = set()
-    forward = torch.nn.functional.scaled_dot_product_attention
-    score = dpo_train.ResponseScorer.forward
-    n_cast = []
-
-    def look_at_head(self, batch):
-        logps = score(self, batch)
-        if self.cast_head is not None:
-            n_cast.append(self.cast_head.data_ptr())
-            assert torch.equal(self.cast_head, self.model.get_output_embeddings().weight.bfloat16())
-        return logps
-
-    def spy(query, *args, **kwargs):
-        out = forward(query, *args, **kwargs)
-        seen.add(out.dtype)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm") or "attention" in name:
+            self.counts[(out[0] if isinstance(out, tuple) else out).dtype] += 1
         return out
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(dpo_train, "check_scorer", lambda *_: None)  # it computes in float32
-    monkeypatch.setattr(dpo_train.ResponseScorer, "forward", look_at_head)
-    metrics = run(model_dir, data_file, tmp_path / "run", mixed_precision="bf16")
-    assert len(n_cast) >= len(losses(metrics))
-    assert seen == {torch.bfloat16}
-    assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6) and losses(metrics)[-1] < 0.55
-    assert {weight.dtype for weight in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
+
+def test_bf16_computes_in_bf16_over_float32_weights(model_dir, data_file, tmp_path):
+    """Only the comparison with the model's own logits, before the first step, is in float32."""
+    counts = []
+    for n_steps in (2, 5):
+        settings = {"mixed_precision": "bf16", "lr_scheduler_type": "constant", "learning_rate": 1e-6}
+        with Products() as products:
+            metrics = run(model_dir, data_file, tmp_path / str(n_steps), max_steps=n_steps, **settings)
+        counts.append(products.counts)
+    fewer, more = counts
+    assert set(more) == {torch.bfloat16, torch.float32}
+    assert fewer[torch.float32] == more[torch.float32] < fewer[torch.bfloat16] < 0.7 * more[torch.bfloat16]
+    assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6)
+    start, end = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "5" / "model.safetensors")
+    for name, weight in end.items():  # 5e-6 beside 0.3: bf16 weights would have stayed as they were
+        assert weight.dtype == torch.float32 and not torch.equal(weight, start[name].float())
+        torch.testing.assert_close(weight, start[name].float(), atol=1e-5, rtol=0)
 
 
-def test_a_first_step_that_is_not_ln_2_is_explained(model_dir, data_file, tmp_path, monkeypatch):
-    real = dpo_train.ReferenceLogps.__call__
-    monkeypatch.setattr(dpo_train.ReferenceLogps, "__call__", lambda *args: real(*args) - 1 * torch.tensor([1.0, 0.0]))
-    with pytest.raises(
-        dpo_train.UserError, match="first step is 0.6.* and not ln 2 = 0.6931, though policy and reference"
-    ):
-        run(model_dir, data_file, tmp_path / "run")
+def test_logged_values_are_means_over_the_pairs_since_the_last_line(plain, model_dir, data_file, tmp_path):
+    sparse = training(run(model_dir, data_file, tmp_path / "run", logging_steps=5))
+    assert [line["step"] for line in sparse] == [1, 5, 10, 14]
+    each = training(plain[1])[5:10]
+    sizes = [8, 6, 8, 8, 8]  # 54 pairs: the tail of each epoch is a step of its own, here the seventh
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "nll_loss", "lengths/rejected"):
+        mean = np.average([line[name] for line in each], weights=sizes)
+        assert sparse[2][name] == pytest.approx(mean, abs=1e-5, rel=1e-5), name
+    assert sparse[2]["grad_norm"] == pytest.approx(each[-1]["grad_norm"], rel=1e-4)
 
 
-def test_a_model_that_ignores_the_mask_is_refused(model_dir, data_file, tmp_path, monkeypatch):
-    real = dpo_train.tree_mask
-    monkeypatch.setattr(dpo_train, "tree_mask", lambda branch, tree, dtype: real(branch * 0, tree, dtype))
-    with pytest.raises(dpo_train.UserError, match="Qwen2ForCausalLM can't be trained here"):
-        run(model_dir, data_file, tmp_path / "run", attn_implementation="sdpa")
+# ---------------------------------------------------------------------------------------------------------------------
+# Held out
 
 
-def test_another_reference(plain_run, model_dir, data_file, tmp_path, tokenizer):
-    tiny_qwen2(len(tokenizer), seed=1).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    metrics = run(model_dir, data_file, tmp_path / "run", max_steps=2, ref_model_name_or_path=tmp_path / "other")
-    assert abs(losses(metrics)[0] - math.log(2)) > 0.01  # and no complaint: the reference is another model on purpose
+def test_held_out_figures_are_those_of_separate_rows(model_dir, tmp_path):
+    """The last evaluation line and the report, computed once more from the folder's model."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", make_rows(90))
+    metrics = run(model_dir, file, tmp_path / "run", max_eval_samples=64, max_steps=6)
+    held_out = prepare(load_rows(str(file)), AutoTokenizer.from_pretrained(model_dir), 128, None, 64).held_out
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tmp_path / "run", model_dir)
+    )
+    with torch.no_grad():
+        found = np.array([
+            [logp(model, pair, side).item() for model in (policy, reference) for side in SIDES]
+            for pair in held_out.read(range(len(held_out)))
+        ])  # fmt: skip
+    lengths = np.array([[len(pair[side]) for side in SIDES] for pair in held_out.read(range(len(held_out)))])
+    margins = 0.1 * ((found[:, 0] - found[:, 2]) - (found[:, 1] - found[:, 3]))
+    right, longer, shorter = margins > 0, lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
+    errors = {key: (right[held_out.keys == key] - right.mean()).sum() for key in held_out.keys}
+    expected = {
+        "loss": np.log1p(np.exp(-margins)).mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": right.mean(),
+        "rewards/accuracies_se": np.sqrt(sum(error**2 for error in errors.values())) / len(right),
+        "rewards/accuracies_chosen_longer": right[longer].mean(),
+        "rewards/accuracies_chosen_shorter": right[shorter].mean(),
+        "pairs/chosen_longer": longer.sum(),
+        "pairs/chosen_shorter": shorter.sum(),
+        "logps/chosen": found[:, 0].mean(),
+        "nll_loss": (-found[:, 0] / lengths[:, 0]).mean(),
+        "pairs": len(right),
+        "prompts": len(errors),
+    }
+    last = metrics[-1]
+    for name, value in expected.items():
+        assert last[f"eval_{name}"] == pytest.approx(value, abs=2e-4, rel=1e-4), name
+    assert 0 < longer.sum() < shorter.sum() + longer.sum() and 0 < right.mean() < 1 and len(errors) == 9
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| held out, {len(right)} pairs of 9 prompts | before | after |" in report
+    accuracy, error = last["eval_rewards/accuracies"], last["eval_rewards/accuracies_se"]
+    assert f"| accuracy by reward | 0.500 ± 0.000 | {accuracy:.3f} ± {error:.3f} |" in report
+    assert f"| {longer.sum()} | {longer.sum()} |" in report and f"| {shorter.sum()} | {shorter.sum()} |" in report
+    for domain in ("chat", "math"):
+        here = held_out.domains == domain
+        assert f"| {domain} | {here.sum()} | 0.6931 → {np.log1p(np.exp(-margins[here])).mean():.4f} |" in report
+
+
+def test_standard_errors_by_hand():
+    """Accuracies 1, 0 (one prompt), 1, 1: mean 3/4; residuals by prompt -1/2, 1/4, 1/4; sqrt(3/8) / 4."""
+    table = np.zeros((4, len(dpo_train.METRICS)))
+    table[:, dpo_train.METRICS.index("rewards/accuracies")] = [1, 0, 1, 1]
+    table[:, dpo_train.METRICS.index("lengths/chosen")] = [5, 5, 5, 7]
+    table[:, dpo_train.METRICS.index("lengths/rejected")] = [6, 4, 5, 6]
+    found = dpo_train.summarize(table, np.array([3, 3, 1, 2]))
+    assert found["rewards/accuracies_se"] == pytest.approx(math.sqrt(3 / 8) / 4)
+    assert (found["pairs"], found["prompts"]) == (4, 3)
+    assert (found["pairs/chosen_longer"], found["rewards/accuracies_chosen_longer"]) == (2, 0.5)
+    assert (found["pairs/chosen_shorter"], found["rewards/accuracies_chosen_shorter"]) == (1, 1.0)
 
 
 def test_nothing_held_out(model_dir, data_file, tmp_path):
@@ -437,386 +434,563 @@ def test_nothing_held_out(model_dir, data_file, tmp_path):
     assert "No pairs were held out" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_eval_only_compares_two_models(plain, model_dir, data_file, tmp_path):
+    """The figures of a run's end, from its model and its start alone."""
+    folder, metrics = plain
+    settings = {"ref_model_name_or_path": model_dir, "eval_only": True, "max_new_tokens": 4}
+    run(folder, data_file, tmp_path / "eval", **settings)
+    report = (tmp_path / "eval" / "report.md").read_text()
+    assert f"| loss (nats) | 0.6931 | {metrics[-1]['eval_loss']:.4f} |" in report
+    assert f"{model_dir.name} (before) and {folder.name} (after)" in report and "**Before**" in report
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["report.md"]
+
+
+def test_answers_are_greedy_whatever_the_models_own_config_asks_for(model_dir, data_file, tmp_path):
+    """The same weights before and after, but one model's generation config wants penalties and samples."""
+    shutil.copytree(model_dir, tmp_path / "penalty")
+    asked = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 5.0}
+    edit_json(tmp_path / "penalty" / "generation_config.json", **asked)
+    settings = {"ref_model_name_or_path": model_dir, "max_new_tokens": 24}
+    run(tmp_path / "penalty", data_file, tmp_path / "run", eval_only=True, **settings)
+    report = (tmp_path / "run" / "report.md").read_text()
+    sides = "Before", "After"
+    before, after = (re.findall(rf"\*\*{name}\*\*\n\n```text\n(.*?)\n```", report, re.S) for name in sides)
+    assert len(before) == 2 and before == after and all(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming and stopping
+
+
+@pytest.fixture(scope="module")
+def rare_lines(tmp_path_factory, model_dir, data_file):
+    """A run with log windows of 3 steps and a checkpoint every fourth step, by whether the reference is precomputed."""
+    folder, settings = tmp_path_factory.mktemp("rare"), {"logging_steps": 3, "save_steps": 4, "eval_steps": 6}
+    for precompute in (False, True):
+        changes = settings | {"precompute_ref_log_probs": precompute, "save_total_limit": 9}
+        run(model_dir, data_file, folder / str(precompute), **changes)
+    return folder, settings
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_resume_equals_uninterrupted(rare_lines, model_dir, data_file, tmp_path, precompute):
+    """Bit for bit, from the middle of an epoch, of a log window and of the reference's first pass."""
+    whole, settings = rare_lines[0] / str(precompute), rare_lines[1] | {"precompute_ref_log_probs": precompute}
+    folder = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-4", folder / "checkpoint-4")
+    shutil.copy(whole / "metrics.jsonl", folder)  # with lines behind step 4, as a crash leaves them
+    resumed = run(model_dir, data_file, folder, resume_from_checkpoint="latest", **settings)
+    assert comparable(resumed) == comparable(read_metrics(whole))
+    assert [(line["event"], line["step"]) for line in resumed if "event" in line] == [("start", 0), ("resumed", 4)]
+    assert same_weights(folder, whole) and same_weights(folder / "checkpoint-14", whole / "checkpoint-14")
+    assert (folder / "report.md").read_text() == (whole / "report.md").read_text()
+
+
+def test_the_reference_is_never_one_that_has_trained(plain, model_dir, data_file, tmp_path):
+    """Precomputing that is asked for only when resuming: its values are those of the policy's start."""
+    shutil.copytree(plain[0] / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    settings = {"precompute_ref_log_probs": True, "resume_from_checkpoint": "latest"}
+    metrics = run(model_dir, data_file, tmp_path / "run", **settings)
+    assert losses(metrics) == pytest.approx(losses(plain[1])[4:], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "number, precompute, cues, stops",
+    [
+        (signal.SIGTERM, False, ["step 9/", "step 12/"], ["after step 9", "after step 12"]),
+        (signal.SIGINT, True, ["Reference:   0%", "Reference:   0%"], ["while precomputing"] * 2),
+    ],
+    ids=["SIGTERM in a step", "Ctrl-C while precomputing"],
+)
+def test_stopped_and_resumed(rare_lines, model_dir, data_file, tmp_path, number, precompute, cues, stops):
+    """Stopped twice and resumed as it says: the end is that of the run that nobody stopped, bit for bit."""
+    settings = {"precompute_ref_log_probs": precompute, "micro_batch_tokens": None, "save_steps": 1000}
+    words = arguments(model_dir, data_file, tmp_path / "run", **settings)
+    for cue, stop in zip(cues, stops, strict=True):
+        press = {"cue": cue, "act": lambda: os.kill(os.getpid(), number), "terminal": precompute}
+        done = type_here(words, **press)
+        assert done.returncode == 1
+        told = re.search(r"py: stopped (.*); go on .* (--output_dir \S+) (--resume\S+ latest)\n$", done.stderr)
+        assert told.groups()[:2] == (stop, f"--output_dir {tmp_path / 'run'}"), done.stderr
+        assert len(checkpoints(tmp_path / "run")) >= 1
+        if "--resume_from_checkpoint" not in words:
+            words += told[3].split()
+    done = type_here(words)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path / "run", rare_lines[0] / str(precompute))
+    assert [line["step"] for line in training(read_metrics(tmp_path / "run"))] == list(range(1, 15))
+
+
+def test_a_run_that_was_killed_behind_its_last_step_can_be_finished(plain, model_dir, data_file, tmp_path):
+    shutil.copytree(plain[0] / "checkpoint-14", tmp_path / "run" / "checkpoint-14")
+    metrics = run(model_dir, data_file, tmp_path / "run", resume_from_checkpoint="latest")
+    assert same_weights(tmp_path / "run", plain[0])
+    assert comparable(metrics)[-1] == comparable(plain[1])[-1]
+
+
+def test_checkpoints_are_limited_and_an_older_one_is_not_gone_on_from(model_dir, data_file, tmp_path):
+    folder = tmp_path / "run"
+    run(model_dir, data_file, folder, save_steps=3, save_total_limit=2)
+    assert checkpoints(folder) == ["checkpoint-12", "checkpoint-14"]
+    older = {"resume_from_checkpoint": folder / "checkpoint-12"}
+    assert "checkpoint-14 is newer and would be lost" in refused(model_dir, data_file, folder, **older)
+    branch = run(model_dir, data_file, tmp_path / "branch", **older)
+    assert [line["step"] for line in training(branch)] == [13, 14]
+    assert "branch holds another run" in refused(model_dir, data_file, tmp_path / "branch", **older)
+    for path in (folder / "checkpoint-14").iterdir():
+        path.write_bytes(path.read_bytes()[:100])  # as no crash leaves them, but a copy may
+    latest = {"resume_from_checkpoint": "latest"}
+    assert "checkpoint-14 is no whole checkpoint" in refused(model_dir, data_file, folder, **latest)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_batch_size": 4}, "--train_batch_size was 8 and is 4 now"),
+        ({"max_train_samples": 20}, "data (the file, the tokenizer, --max_length, --max_*_samples or --domains) was"),
+        ({"beta": 0.2}, "--beta was 0.1 and is 0.2 now"),
+        ({"loss_type": "hinge"}, "--loss_type was sigmoid and is hinge now"),
+        ({"model_name_or_path": "other"}, "policy's start (hash) was"),
+        ({"ref_model_name_or_path": "other"}, "reference (hash) was"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_resuming_another_run_is_refused(plain, model_dir, data_file, other_model, changes, message):
+    changes = {name: other_model if value == "other" else value for name, value in changes.items()}
+    settings = {"model_dir": model_dir, "resume_from_checkpoint": "latest"} | changes
+    assert message in refused(data_file=data_file, output_dir=plain[0], **settings)
+    assert read_metrics(plain[0]) == plain[1]
+
+
+def test_a_mixture_of_experts_resumes_with_all_its_weights(data_file, tokenizer, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    experts |= {"shared_expert_intermediate_size": 32, "initializer_range": 0.3}
+    model = save(tiny(transformers.Qwen2MoeForCausalLM, tokenizer, **experts), tokenizer, tmp_path / "model")
+    settings = {"save_steps": 2, "save_total_limit": 9, "max_steps": 4}
+    whole = run(model, data_file, tmp_path / "whole", **settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = run(model, data_file, tmp_path / "resumed", resume_from_checkpoint="latest", **settings)
+    assert comparable(training(resumed)) == comparable(training(whole))[2:]
+    assert same_weights(tmp_path / "resumed", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def launch(*words, n_processes=2, port=0):
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_processes),
+        "--main_process_port", str(port), *words,
+    ]  # fmt: skip
+
+
+def assert_same_run(folder, metrics, expected_folder, expected):
+    """Losses to 1e-5, weights to 1e-3: sums are taken in another order."""
+    assert losses(metrics) == pytest.approx(losses(expected), abs=1e-5)
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"):
+        assert metrics[-1][name] == pytest.approx(expected[-1][name], abs=2e-3)
+    assert training(metrics)[-1]["learning_rate"] == pytest.approx(training(expected)[-1]["learning_rate"])
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, expected_folder))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-3)
+
+
+def test_two_processes_are_one_run_end_together_and_resume(plain, model_dir, data_file, tmp_path):
+    """One of them is killed in the fifth step or soon after, and both go on from the checkpoint before it."""
+    words = launch("dpo_train.py", *arguments(model_dir, data_file, tmp_path / "run", save_steps=4))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, ranks = [], []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step 1/"):
+            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if line.startswith("step 5/"):
+            os.kill(int(ranks[1]), signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and len(ranks) == 2 and "2 process" in "".join(said), "".join(said)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    done = type_command(*words, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in training(metrics)] == list(range(1, 15))
+    assert [line["event"] for line in metrics if "event" in line] == ["start", "resumed"]
+    assert_same_run(tmp_path / "run", metrics, *plain)
+
+
+def test_four_processes_with_fewer_pairs_than_processes_in_a_step(slow, model_dir, data_file, tmp_path):
+    changes = {"train_batch_size": 3, "max_steps": 20, "save_steps": 9, "precompute_ref_log_probs": True}
+    expected = run(model_dir, data_file, tmp_path / "alone", **changes)
+    words = arguments(model_dir, data_file, tmp_path / "run", **changes)
+    done = type_command(*launch("dpo_train.py", *words, n_processes=4))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", read_metrics(tmp_path / "run"), tmp_path / "alone", expected)
+
+
+def test_two_nodes_are_one_run(slow, plain, model_dir, data_file, tmp_path):
+    """Two launchers, as on two machines, on this machine's loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            launch("--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+                   "dpo_train.py", *arguments(model_dir, data_file, tmp_path / "run"), port=port),
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=170)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert_same_run(tmp_path / "run", read_metrics(tmp_path / "run"), *plain)
+
+
+def test_sigterm_to_the_launcher_stops_both_processes_with_a_checkpoint(slow, plain, model_dir, data_file, tmp_path):
+    words = launch("dpo_train.py", *arguments(model_dir, data_file, tmp_path / "run"))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.terminate()
+            break
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and checkpoints(tmp_path / "run")
+    done = type_command(*words, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", read_metrics(tmp_path / "run"), *plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, in one line
+
+
+def small_vocabulary(folder, model_dir, tokenizer):
+    save(tiny_qwen2(len(tokenizer) - 1), tokenizer, folder)
+
+
+def window_of_some_layers(folder, model_dir, tokenizer):
+    config = Qwen2Config.from_pretrained(model_dir, use_sliding_window=True, sliding_window=64)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    save(Qwen2ForCausalLM(config), tokenizer, folder)
+
+
+def window_of_all_layers(folder, model_dir, tokenizer):
+    """Its config.json has no `layer_types`."""
+    save(tiny(transformers.MistralForCausalLM, tokenizer, sliding_window=64), tokenizer, folder)
+    assert "layer_types" not in json.loads((folder / "config.json").read_text())
+
+
+def scaled_logits(folder, model_dir, tokenizer):
+    save(tiny(transformers.GraniteForCausalLM, tokenizer, logits_scaling=2.0), tokenizer, folder)
+
+
+def a_layer_is_missing(folder, model_dir, tokenizer):
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def git_lfs_pointer(folder, model_dir, tokenizer):
+    shutil.copytree(model_dir, folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def pickled(folder, model_dir, tokenizer):
+    shutil.copytree(model_dir, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def foreign_code(folder, model_dir, tokenizer):
+    shutil.copytree(model_dir, folder)
+    auto_map = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    edit_json(folder / "config.json", model_type="foreign", auto_map=auto_map)
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (small_vocabulary, "its vocabulary is smaller"),
+        (window_of_some_layers, "--max_length 128: .* looks back 64 tokens only"),
+        (window_of_all_layers, "--max_length 128: .* looks back 64 tokens only"),
+        (scaled_logits, "GraniteForCausalLM can't be trained here"),
+        (a_layer_is_missing, r"--model_name_or_path .* weights are missing .*model.layers.1.input_layernorm.weight"),
+        (git_lfs_pointer, "--model_name_or_path .* can't be loaded .*git lfs pull"),
+        (pickled, "--model_name_or_path .* can't be loaded .*safetensors"),
+        (foreign_code, "--model_name_or_path .* can't be loaded"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_that_are_refused(model_dir, data_file, tokenizer, tmp_path, make, message):
+    make(tmp_path / "model", model_dir, tokenizer)
+    assert re.search(message, refused(tmp_path / "model", data_file, tmp_path / "run"))
+    assert not (tmp_path / "model" / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_first_step_that_is_not_ln_2_is_explained(model_dir, data_file, tmp_path):
+    """The reference has the policy's weights, and computes something else with them."""
+    shutil.copytree(model_dir, tmp_path / "other")
+    edit_json(tmp_path / "other" / "config.json", num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    message = refused(model_dir, data_file, tmp_path / "run", ref_model_name_or_path=tmp_path / "other")
+    assert re.search(r"the loss at the first step is \S+ and not 0.6931, though policy and reference", message)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--beta", "0"], "--beta 0.0: must be above 0"),
-        (["--beta", "nan"], "--beta nan: must be"),
-        (["--learning_rate", "-1"], "--learning_rate -1.0: must be 0 or above"),
-        (["--train_batch_size", "0"], "--train_batch_size 0: must be above 0"),
-        (["--train_batch_size", "many"], "argument --train_batch_size: invalid int value: 'many'"),
-        (["--loss_type", "hinge"], "argument --loss_type: invalid choice: 'hinge'"),
-        (["--label_smoothing", "0.5"], "--label_smoothing 0.5: must be from 0 to below 0.5"),
-        (["--warmup_steps", "5", "--max_steps", "5"], "--warmup_steps 5: must be below --max_steps"),
-        (["--micro_batch_tokens", "100"], "--micro_batch_tokens 100: must be at least 2048"),
-        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-        (
-            ["--output_dir", "/dev/null/run"],
-            "--output_dir /dev/null/run: /dev/null is no folder that can be written to",
-        ),
-        (["--model_name_or_path", "README.md"], "--model_name_or_path README.md can't be loaded"),
-        (["--resume_from_checkpoint", "latest", "--output_dir", "nowhere"], "there is no whole checkpoint in nowhere"),
+        ("--beta 0", "--beta 0.0: must be above 0"),
+        ("--beta nan", "--beta nan: must be"),
+        ("--learning_rate -1", "--learning_rate -1.0: must be 0 or above"),
+        ("--train_batch_size 0", "--train_batch_size 0: must be above 0"),
+        ("--train_batch_size many", "invalid int value: 'many'"),
+        ("--loss_type hinged", "invalid choice: 'hinged'"),
+        ("--label_smoothing 0.5", "--label_smoothing 0.5: must be from 0 to below 0.5"),
+        ("--label_smoothing 0.1 --loss_type hinge", "--label_smoothing 0.1: for sigmoid and robust only"),
+        ("--warmup_steps 5 --max_steps 5", "--warmup_steps 5: must be below --max_steps"),
+        ("--micro_batch_tokens 100", "--micro_batch_tokens 100: must be at least 2048"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("--eval_only", "--eval_only True: needs --ref_model_name_or_path"),
+        ("--report_to wandb", "--report_to wandb: not installed"),
+        ("--output_dir /dev/null/run", "/dev/null/run"),
+        ("--model_name_or_path README.md", "--model_name_or_path README.md can't be loaded"),
+        ("--dataset_name nowhere.jsonl", "--dataset_name nowhere.jsonl: there is no such file"),
+        ("--resume_from_checkpoint latest", "--resume_from_checkpoint latest: needs --output_dir"),
+        ("--resume_from_checkpoint latest --output_dir nowhere", "there is no checkpoint in nowhere"),
+        ("ACCELERATE_USE_FSDP=true", "FSDP is not supported, only one process or DDP"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: value,
 )
-def test_bad_flags_get_one_line(words, message, model_dir, data_file, capsys, monkeypatch):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(ROOT)
-    defaults = ["--model_name_or_path", str(model_dir), "--dataset_name", str(data_file), "--mixed_precision", "no"]
-    assert dpo_train.main(defaults + words) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("dpo_train.py: ") and message in error and error.count("\n") == 1
-    assert not (ROOT / "nowhere").exists()
-
-
-def test_another_runs_folder_is_never_written_to(plain_run, model_dir, data_file):
-    folder, metrics = plain_run
-    with pytest.raises(dpo_train.UserError, match="holds another run: give another folder"):
-        run(model_dir, data_file, folder)
-    assert read_metrics(folder) == metrics
-
-
-def test_lines_fit_the_terminal_in_chinese_too(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    for text in ("标点，与 English words 混排。" * 12, "没有空格也要折行" * 20, "a" + "没有空格也要折行" * 20):
-        lines = dpo_train.fold("prompt", text).splitlines()
-        columns = [sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) for line in lines]
-        assert len(lines) > 3 and max(columns) <= 80 and min(columns[:-1]) > 60
-        assert "".join("".join(lines).removeprefix("prompt").split()) == "".join(text.split())
-
-
-def test_default_folders_are_numbered(tmp_path, monkeypatch):
+def test_bad_flags_get_one_line(words, message, model_dir, data_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = dpo_train.Flags(demo=True)
-    assert dpo_train.choose_output_dir(flags) == Path("output/demo")
-    (tmp_path / "output/demo/checkpoint-5").mkdir(parents=True)
-    assert dpo_train.choose_output_dir(flags) == Path("output/demo-2")
-    flags.resume_from_checkpoint = "latest"
-    assert dpo_train.choose_output_dir(flags) == Path("output/demo")
+    if words.startswith("ACCELERATE"):
+        monkeypatch.setenv(*words.split("="))
+        words = ""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    defaults = ["--model_name_or_path", model_dir, "--dataset_name", data_file, "--mixed_precision", "no"]
+    done = type_here([*defaults, *words.split()])
+    assert done.returncode == 1
+    assert done.stderr.startswith("dpo_train.py: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "output"]
+
+
+def test_help_names_every_flag_and_home_is_expanded(monkeypatch):
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), pytest.raises(SystemExit):
+        dpo_train.main(["--help"])
+    for field in dataclasses.fields(dpo_train.Flags):
+        assert f"--{field.name}" in screen.getvalue()
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert dpo_train.parse_flags(["--model_name_or_path=~/model"]).model_name_or_path == "/somewhere/model"
 
 
 def test_without_a_network_one_line_says_what_is_missing(tmp_path):
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = type_command(sys.executable, str(ROOT / "dpo_train.py"), cwd=tmp_path, env=away, timeout=60)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert re.search("no answer from http://127.0.0.1:9 .*HF_HUB_ETAG_TIMEOUT", done.stdout)
     for words in ("Qwen/Qwen2.5-0.5B", "http://127.0.0.1:9 can't be reached", "HF_ENDPOINT", "git clone", "--demo"):
         assert words in done.stderr
-    assert not list(tmp_path.glob("output"))
+    assert not list(tmp_path.glob("output/*"))
 
 
-def test_bad_rows_among_good_ones(model_dir, tmp_path):
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and files
+
+
+def test_another_runs_folder_is_never_written_to(plain, model_dir, data_file):
+    folder, metrics = plain
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "holds another run: give another" in refused(model_dir, data_file, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_two_runs_started_at_once_take_two_folders(model_dir, data_file, tmp_path):
+    words = [sys.executable, str(ROOT / "dpo_train.py")]
+    words += arguments(model_dir, data_file, None, max_steps=2, max_eval_samples=0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["dpo", "dpo-2"]
+    for folder in ("dpo", "dpo-2"):
+        lines = read_metrics(tmp_path / "output" / folder)
+        assert [line.get("event", line["step"]) for line in lines] == ["start", 1, 2]
+
+
+def test_no_path_of_this_machine_in_what_a_run_writes(plain, model_dir, data_file):
+    folder, _ = plain
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(paths) > 15
+    for path in paths:
+        for private in (model_dir, data_file.parent, folder.parent, ROOT, Path.home()):
+            assert str(private).encode() not in path.read_bytes(), path
+
+
+@contextlib.contextmanager
+def files_limited_to(n_bytes):
+    """No file can grow beyond this size: writing fails in the middle, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_nothing(plain, model_dir, data_file, tmp_path):
+    """There is room for the model, not for the optimizer's state beside it."""
+    folder, needed = tmp_path / "run", (plain[0] / "model.safetensors").stat().st_size
+    shutil.copytree(plain[0] / "checkpoint-4", folder / "checkpoint-4")
+    words = arguments(model_dir, data_file, folder, save_steps=4, resume_from_checkpoint="latest")
+    with files_limited_to(needed + 1000):
+        done = type_here(words)
+    assert done.returncode == 0, done.stderr
+    warned = re.findall(r"warning: no checkpoint at step (\d+) \(.+\); the last one: .*/checkpoint-4\n", done.stdout)
+    assert warned == ["8", "12", "14"] and checkpoints(folder) == ["checkpoint-4"]
+    assert same_weights(folder, plain[0])
+
+
+def test_a_disk_that_is_full_from_the_start_ends_in_one_line(plain, model_dir, data_file, tmp_path):
+    """Also the log can't be written: that is said once, and the training goes on as long as it can."""
+    with files_limited_to(1000):
+        done = type_here(arguments(model_dir, data_file, tmp_path / "run", save_steps=7))
+    assert done.returncode == 1 and done.stderr.startswith("dpo_train.py: ") and done.stderr.count("\n") == 1
+    assert done.stdout.count("metrics.jsonl can't be written to") == 1 and "no checkpoint at step 7" in done.stdout
+    assert "step 14/14" in done.stdout and not checkpoints(tmp_path / "run")
+
+
+def test_a_disk_that_is_nearly_full_is_told_before_the_first_step(model_dir, data_file, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500_000))
+    settings = {"max_steps": 1, "max_eval_samples": 0, "save_steps": 1}
+    done = type_here(arguments(model_dir, data_file, tmp_path / "run", **settings))
+    assert "warning: 0.0 GB are free" in done.stdout.partition("step 1/")[0]
+
+
+FAKE_WANDB = """
+class Run:
+    def log(self, values, step=None):
+        lines.append((step, values))
+    def finish(self):
+        lines.append("finished")
+class config:
+    update = staticmethod(lambda values, allow_val_change: given.update(config=values))
+lines, given = [], {}
+def init(**options):
+    given.update(options)
+    return Run()
+"""
+
+
+def test_a_tracker_gets_the_lines_of_metrics(model_dir, data_file, tmp_path, monkeypatch):
+    """accelerate's own wandb tracker, with a wandb that keeps what it is given."""
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.utils.LoggerType.WANDB])
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    metrics = run(model_dir, data_file, tmp_path / "my-run", max_steps=3, report_to="wandb")
+    import wandb
+
+    assert (wandb.given["project"], wandb.given["name"]) == ("dpo", "my-run")
+    config = wandb.given["config"]
+    assert config.keys() == {field.name for field in dataclasses.fields(dpo_train.Flags)}
+    assert (config["beta"], config["model_name_or_path"]) == (0.1, model_dir.name)
+    assert (config["dataset_name"], config["output_dir"]) == (data_file.name, "my-run")
+    logged = [line for line in wandb.lines[:-1] if "loss_at_start" not in line[1]]
+    expected = [(line.pop("step"), line) for line in metrics if "event" not in line]
+    assert wandb.lines[-1] == "finished" and logged == expected and len(logged) == 5
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    run(model_dir, data_file, tmp_path / "again", max_steps=1, report_to="wandb")
+    assert (wandb.given["project"], wandb.given["name"]) == ("mine", "again")
+    monkeypatch.delitem(sys.modules, "wandb")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and steps that can't train, and what a run warns of
+
+
+def test_bad_rows_among_good_ones(plain, model_dir, tmp_path):
     rows = [row for good in make_rows() for row in (good, {"chosen": None}, 7)]
-    run(model_dir, write_jsonl(tmp_path / "mixed.jsonl", rows), tmp_path / "mixed", max_steps=3)
-    run(model_dir, write_jsonl(tmp_path / "good.jsonl", make_rows()), tmp_path / "good", max_steps=3)
-    assert losses(read_metrics(tmp_path / "mixed")) == losses(read_metrics(tmp_path / "good"))
+    done = type_here(arguments(model_dir, write_jsonl(tmp_path / "mixed.jsonl", rows), tmp_path / "run"))
+    assert comparable(read_metrics(tmp_path / "run")) == comparable(plain[1])
+    assert re.search(r"dropped \d+ rows: row is not an object \(first: row 2\)", done.stdout)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_stops_the_run(model_dir, data_file, tmp_path, monkeypatch, what):
-    """A pair's loss, or only the gradient, is not finite in the fifth step: its rows are named, the weights kept."""
-    real, armed = dpo_train.pair_metrics, []
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(model_dir, tokenizer, tmp_path):
+    """One token's embedding is infinite: the one pair that contains it gives NaN, in one step of each epoch."""
+    rows = make_rows()
+    bad = len(rows) // 2
+    rows.insert(bad, {"prompt": "天地", "chosen": "山~水", "rejected": "火木"})
+    config = Qwen2Config.from_pretrained(model_dir, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("~")["input_ids"]] = math.inf
+    save(model, tokenizer, tmp_path / "model")
+    words = arguments(
+        tmp_path / "model", write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path / "run", max_eval_samples=0,
+        save_steps=1, save_total_limit=99, lr_scheduler_type="constant",
+    )  # fmt: skip
+    done = type_here(words)
+    assert done.returncode == 0, done.stderr
+    lines = training(read_metrics(tmp_path / "run"))
+    skipped = [line["step"] for line in lines if line["skipped_steps"]]
+    assert [line["skipped_steps"] for line in lines].count(1) == len(skipped) == 2
+    folders = [tmp_path / "model", *(tmp_path / "run" / f"checkpoint-{line['step']}" for line in lines)]
+    unchanged = [line["step"] for line in lines if same_weights(folders[line["step"] - 1], folders[line["step"]])]
+    assert unchanged == skipped
+    assert all((line["loss"] is None) == (line["step"] in skipped) for line in lines)
+    assert lines[-1]["loss"] is None or lines[-1]["loss"] < 0.6
+    warned = re.findall(r"warning: .*step (\d+) is not finite \(rows (.*?) of the data\)", done.stdout)
+    assert warned == [(str(skipped[0]), str([bad]))]
 
-    def poisoned(policy, reference, flags):
-        losses, metrics = real(policy, reference, flags)
-        if policy.requires_grad:
-            armed.append(1)
-            if len(armed) == 5:
-                factor = torch.tensor(float("nan")) if what == "loss" else torch.ones(())
-                losses = losses * torch.cat([factor[None], torch.ones(len(losses) - 1)])
-                if what == "gradient":
-                    losses.register_hook(lambda gradient: gradient * math.inf)
-        return losses, metrics
-
-    monkeypatch.setattr(dpo_train, "pair_metrics", poisoned)
-    with pytest.raises(dpo_train.UserError) as error:
-        run(model_dir, data_file, tmp_path / "run", save_steps=1, save_total_limit=9)
-    rows = re.search(r"at step 5 is not finite \(row ([0-9, ]+) of the data\); the weights were not", str(error.value))
-    data = prepare(load_rows(str(data_file)), AutoTokenizer.from_pretrained(model_dir), 128, None, 8)
-    step = epoch_order(data.train.keys, 42, 0)[32:40]
-    named = [int(row) for row in rows.group(1).split(", ")]
-    assert sorted(set(data.train.rows[step]) & set(named)) == named and len(named) == {"loss": 1, "gradient": 8}[what]
-    assert "--resume_from_checkpoint latest" in str(error.value) and "\n" not in str(error.value)
-    assert [path.name for path in dpo_train.find_checkpoints(tmp_path / "run")][0] == "checkpoint-4"
+    words[words.index("--output_dir") + 1] = tmp_path / "sparse"  # means are over the steps that were not skipped
+    assert type_here([*words, "--logging_steps", 7]).returncode == 0
+    sparse = training(read_metrics(tmp_path / "sparse"))
+    assert sum(line["skipped_steps"] for line in sparse) == 2 and all(math.isfinite(line["loss"]) for line in sparse)
 
 
-def test_the_fused_optimizer_leaves_the_weights_alone_when_told_so():
-    """What a GPU relies on, where nobody looks at the gradients between log lines."""
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    for found, expected in ((1.0, 1.0), (0.0, 0.9)):
-        weight.grad = torch.full((3,), 5.0)
-        optimizer.found_inf = torch.tensor(found)
-        optimizer.step()
-        assert weight[0].item() == pytest.approx(expected, abs=1e-3)
+def test_five_steps_in_a_row_that_are_not_finite_end_the_run(model_dir, data_file, tmp_path):
+    """A beta that no float32 holds: the loss is ln 2, its gradient infinite, so that all rows of the step are named."""
+    done = type_here(arguments(model_dir, data_file, tmp_path / "run", beta=1e39, save_steps=1))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    data = prepare(load_rows(str(data_file)), AutoTokenizer.from_pretrained(model_dir), 128, 54, 8).train
+    rows = sorted(data.rows[epoch_order(data.keys, 42, 0)[:8]].tolist())
+    assert f"step 1 is not finite (rows {rows} of the data), and so on for 5 steps in a row" in done.stderr
+    assert done.stdout.count("not finite") == 1
+    AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).save_pretrained(tmp_path / "start")
+    assert same_weights(tmp_path / "run" / "checkpoint-4", tmp_path / "start")
 
 
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"learning_rate": 0}, "--learning_rate is 0"),
+        ({"learning_rate": 0}, "stays where it began, at 0.6931: --learning_rate is 0"),
         ({"warmup_steps": 12, "learning_rate": 1e-9}, "still rising, until step 12"),
         ({"beta": 1e-6}, "--beta 1e-06 is so small"),
         ({"learning_rate": 1e-9}, "--learning_rate 1e-09 hardly moves the log-probabilities"),
+        ({"loss_type": "apo_down", "beta": 2}, "chosen responses have become less likely than under the reference"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_a_loss_stuck_at_ln_2_is_explained_once(model_dir, data_file, tmp_path, capsys, changes, why):
-    run(model_dir, data_file, tmp_path / "run", **changes)
-    said = [line for line in capsys.readouterr().out.splitlines() if "stays at ln 2" in line]
-    assert len(said) == 1 and why in said[0]
-
-
-def test_sinking_chosen_log_probabilities_are_told(plain_run, model_dir, data_file, tmp_path, capsys, monkeypatch):
-    """Rewards of -0.5 at beta 0.1 are 5 nats below the reference: 0.1 a token for 50 tokens, the limit, more for 40."""
-    line = {"step": 30, "loss": 0.4, "rewards/chosen": -0.5, "lengths/chosen": 40.0, "lengths/rejected": 40.0}
-    ((name, text),) = dpo_train.worries(line, dpo_train.Flags(), 0)
-    assert name == "sinking" and "by 0.12 nats a token" in text
-    assert not list(dpo_train.worries(line | {"lengths/chosen": 51.0}, dpo_train.Flags(), 0))
-    monkeypatch.setattr(dpo_train, "SINKING", -1.0)  # so that every line warns: it is said once all the same
-    run(model_dir, data_file, tmp_path / "run", max_steps=3)
-    assert capsys.readouterr().out.count("have become less likely") == 1
-
-
-def test_sigterm_finishes_the_step_and_tells_how_to_go_on(model_dir, data_file, tmp_path, monkeypatch):
-    """Stopped in the middle and resumed with the printed command: the same end as without the stop.
-
-    Bit for bit, given as many threads: kernels divide their sums among them.
-    """
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    settings = {"num_train_epochs": 8, "save_steps": 1000}
-    run(model_dir, data_file, tmp_path / "whole", **settings)
-    folder = tmp_path / "stopped"
-    words = [sys.executable, "dpo_train.py", *arguments(model_dir, data_file, folder, **settings)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 9/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 1
-    stopped = re.search(r"stopped after step (\d+); go on with: (?:uv run|python) (dpo_train.py .*)\n", error)
-    assert 9 <= int(stopped.group(1)) < 56
-    assert (folder / f"checkpoint-{stopped.group(1)}" / "state.json").exists()
-    done = type_command(sys.executable, *shlex.split(stopped.group(2)))
-    assert done.returncode == 0, done.stderr
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_checkpoint_that_cannot_be_written_costs_nothing(model_dir, data_file, tmp_path, monkeypatch, capsys):
-    real = dpo_train.save_model
-
-    def full_disk(model, tokenizer, folder, end_id):
-        if folder.name == ".checkpoint-4.tmp":
-            raise OSError(28, "No space left on device")
-        real(model, tokenizer, folder, end_id)
-
-    monkeypatch.setattr(dpo_train, "save_model", full_disk)
-    run(model_dir, data_file, tmp_path / "run", save_steps=2, max_steps=5, save_total_limit=9)
-    assert "no checkpoint at step 4 ([Errno 28] No space left on device); the last one:" in capsys.readouterr().out
-    names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*"))
-    assert names == ["checkpoint-2", "checkpoint-5"]
-
-
-def test_a_vocabulary_or_a_window_that_is_too_small_is_refused(model_dir, data_file, tmp_path, tokenizer):
-    tiny_qwen2(len(tokenizer) - 1).save_pretrained(tmp_path / "small")
-    tokenizer.save_pretrained(tmp_path / "small")
-    with pytest.raises(dpo_train.UserError, match="its vocabulary is smaller"):
-        run(tmp_path / "small", data_file, tmp_path / "run")
-    config = Qwen2Config.from_pretrained(model_dir, use_sliding_window=True, sliding_window=64)
-    config.layer_types = ["sliding_attention"] * 2
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "window")
-    tokenizer.save_pretrained(tmp_path / "window")
-    with pytest.raises(dpo_train.UserError, match="--max_length 128: .*window looks back 64 tokens only"):
-        run(tmp_path / "window", data_file, tmp_path / "run")
-
-
-def test_weights_that_git_lfs_did_not_fetch_are_named(model_dir, data_file, tmp_path):
-    shutil.copytree(model_dir, tmp_path / "clone")
-    (tmp_path / "clone" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(dpo_train.UserError, match="model.safetensors is a git-lfs pointer.*git lfs pull"):
-        run(tmp_path / "clone", data_file, tmp_path / "run")
-
-
-def test_pickled_weights_and_foreign_code_are_refused(model_dir, data_file, tmp_path):
-    shutil.copytree(model_dir, tmp_path / "pickled")
-    weights = load_file(tmp_path / "pickled" / "model.safetensors")
-    (tmp_path / "pickled" / "model.safetensors").unlink()
-    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(dpo_train.UserError, match="expected a model's folder with config.json, model.safetensors"):
-        run(tmp_path / "pickled", data_file, tmp_path / "run")
-    shutil.copytree(model_dir, tmp_path / "foreign")
-    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
-    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
-    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "foreign" / "code.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n"
-    )
-    with pytest.raises(dpo_train.UserError):
-        run(tmp_path / "foreign", data_file, tmp_path / "run")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_no_path_of_this_machine_in_what_a_run_writes(model_dir, data_file, tmp_path):
-    run(model_dir, data_file, tmp_path / "run", save_steps=2, max_steps=2)
-    for path in (tmp_path / "run").rglob("*"):
-        if path.suffix in (".json", ".jsonl", ".md", ".jinja"):
-            assert str(tmp_path.parent) not in path.read_text(), path
-
-
-def test_eval_only_compares_two_models(plain_run, model_dir, data_file, tmp_path):
-    """The figures of a run's end, from its model and its start alone."""
-    folder, metrics = plain_run
-    run(folder, data_file, tmp_path / "eval", ref_model_name_or_path=model_dir, eval_only=True, max_new_tokens=4)
-    report = (tmp_path / "eval" / "report.md").read_text()
-    assert f"| loss (nats) | 0.6931 | {metrics[-1]['eval_loss']:.4f} |" in report
-    assert f"{model_dir.name} (before) and {folder.name} (after)" in report and "**Before**" in report
-    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["report.md"]
-    with pytest.raises(dpo_train.UserError, match="--eval_only True: needs --ref_model_name_or_path"):
-        dpo_train.parse_flags(["--eval_only"])
-
-
-def test_a_tracker_gets_the_lines_of_metrics(model_dir, data_file, tmp_path, monkeypatch):
-    got = []
-
-    class Tracker(GeneralTracker):
-        name, requires_logging_directory, main_process_only, tracker = "mine", True, True, None
-
-        def __init__(self, run_name, logging_dir=None, **kwargs):
-            super().__init__()
-            assert (run_name, Path(logging_dir)) == ("run", tmp_path / "run")
-
-        def store_init_configuration(self, values):
-            got.append(values)
-
-        def log(self, values, step=None, **kwargs):
-            got.append({"step": step} | values)
-
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "mine", Tracker)
-    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["mine"])
-    metrics = run(model_dir, data_file, tmp_path / "run", max_steps=3, report_to="mine")
-    assert got[0]["beta"] == 0.1 and got[1:] == metrics
-    with pytest.raises(
-        dpo_train.UserError, match="--report_to wandb: not installed: `pip install wandb` .there is: mine"
-    ):
-        dpo_train.parse_flags(["--report_to", "wandb"])
-
-
-def test_the_card_and_the_upload(model_dir, data_file, tmp_path, monkeypatch, capsys):
-    uploaded = {}
-
-    class Api:
-        def create_repo(self, name, exist_ok, private):
-            assert private  # report.md quotes the data
-            return SimpleNamespace(repo_id=f"somebody/{name}")
-
-        def upload_folder(self, **kwargs):
-            uploaded.update(kwargs)
-
-    monkeypatch.setattr(dpo_train.huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(dpo_train.huggingface_hub, "whoami", lambda: {})
-    run(model_dir, data_file, tmp_path / "run", max_steps=2, push_to_hub=True)
-    assert uploaded["repo_id"] == "somebody/run" and "checkpoint-*" in uploaded["ignore_patterns"]
-    assert "somebody/run" in capsys.readouterr().out
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert (
-        card.startswith("---\nlibrary_name: transformers\n") and "| beta | 0.1 |" in card and "| loss (nats) |" in card
-    )
-
-    def nobody():
-        raise OSError("Token is required")
-
-    monkeypatch.setattr(dpo_train.huggingface_hub, "whoami", nobody)
-    with pytest.raises(dpo_train.UserError, match="--push_to_hub.*Token is required.*hf auth login"):
-        run(model_dir, data_file, tmp_path / "again", max_steps=2, push_to_hub=True)
-
-
-def test_help_names_every_flag_once_in_a_group(capsys):
-    with pytest.raises(SystemExit):
-        dpo_train.parse_flags(["--help"])
-    text = capsys.readouterr().out
-    for name in dpo_train.Flags.__dataclass_fields__:
-        assert text.count(f"\n  --{name} ") == 1, name
-    assert all(f"\n{group}:\n" in text for group in dpo_train.GROUPS.values())
-
-
-@pytest.mark.parametrize("precompute", [False, True])
-def test_precomputing_lets_the_reference_go(model_dir, data_file, tmp_path, monkeypatch, precompute):
-    def models():
-        gc.collect()
-        return sum(isinstance(thing, Qwen2ForCausalLM) for thing in gc.get_objects())
-
-    counts, others, real = [], models(), dpo_train.check_first_step
-    monkeypatch.setattr(dpo_train, "check_first_step", lambda *args: (counts.append(models() - others), real(*args)))
-    run(model_dir, data_file, tmp_path / "run", max_steps=1, precompute_ref_log_probs=precompute)
-    assert counts == [1 if precompute else 2]
-
-
-def test_a_home_path_is_expanded(monkeypatch):
-    monkeypatch.setenv("HOME", "/somewhere")
-    assert dpo_train.parse_flags(["--model_name_or_path=~/model"]).model_name_or_path == "/somewhere/model"
-
-
-def n_scored(monkeypatch):
-    """Counts the calls that compute log-probabilities, without gradients: the reference's, and evaluation's."""
-    calls, real = [], dpo_train.ResponseScorer.forward
-    monkeypatch.setattr(
-        dpo_train.ResponseScorer, "forward", lambda *args: (torch.is_grad_enabled() or calls.append(1), real(*args))[1]
-    )
-    return calls
-
-
-def test_a_sweep_pays_for_the_reference_once(model_dir, data_file, tmp_path, monkeypatch, capsys, reference_cache):
-    settings = {"max_eval_samples": 0, "max_steps": 4, "precompute_ref_log_probs": True}
-    calls = n_scored(monkeypatch)
-    first = losses(run(model_dir, data_file, tmp_path / "a", **settings, micro_batch_tokens=256))
-    (file,) = reference_cache.iterdir()
-    assert f"kept in {file}" in capsys.readouterr().out
-    n_first = len(calls)
-    again = losses(run(model_dir, data_file, tmp_path / "b", **settings, micro_batch_tokens=256))
-    assert f"from {file} (re-checked" in capsys.readouterr().out
-    assert again == first
-    n_again = len(calls) - n_first
-    assert n_again < n_first / 2  # the check of the model and of some values
-    run(model_dir, data_file, tmp_path / "c", **settings, beta=0.3)
-    assert len(list(reference_cache.iterdir())) == 1
-    run(model_dir, data_file, tmp_path / "d", **settings, max_length=20)  # other token ids
-    assert len(list(reference_cache.iterdir())) == 2
-
-
-@pytest.mark.parametrize("damage, reason", [
-    (lambda table: {name: logps + 5 for name, logps in table.items()}, "re-computed values differ"),
-    (lambda table: table | {"train": table["train"].index_fill(0, torch.tensor(7), math.nan)}, "train values are not"),
-    (lambda table: table | {"train": table["train"][1:]}, "train values are not all there"),
-    (lambda table: {"held out": table["held out"]}, "train"),
-    ("another reference", "another reference"),
-    ("cut", "."),
-], ids=["stale", "missing", "short", "absent", "foreign", "cut"])  # fmt: skip
-def test_a_reference_cache_that_does_not_hold_is_refused(
-    plain_run, model_dir, data_file, tmp_path, capsys, reference_cache, damage, reason
+def test_a_loss_that_is_stuck_and_chosen_responses_that_sink_are_told_once(
+    model_dir, data_file, tmp_path, changes, why
 ):
-    run(model_dir, data_file, tmp_path / "a", max_steps=1, precompute_ref_log_probs=True)
-    (file,) = reference_cache.iterdir()
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-8])
-    elif damage == "another reference":
-        save_file(load_file(file), file, metadata=metadata | {"reference": "0"})
-    else:
-        save_file(damage(load_file(file)), file, metadata=metadata)
-    capsys.readouterr()
-    metrics = run(model_dir, data_file, tmp_path / "b", precompute_ref_log_probs=True)
-    assert re.search(rf"cache {file} is refused \(.*{reason}.*\): computing it anew", capsys.readouterr().out)
-    assert losses(metrics) == pytest.approx(losses(plain_run[1]), abs=1e-5)
+    done = type_here(arguments(model_dir, data_file, tmp_path / "run", max_eval_samples=0, **changes))
+    assert len(re.findall(rf"warning: the .*{why}", done.stdout)) == 1
 
 
-def test_the_reference_is_never_one_that_has_trained(plain_run, model_dir, data_file, tmp_path):
-    """Precomputing that is asked for only when resuming: its values are those of the policy's start."""
-    stopped = tmp_path / "run"
-    run(model_dir, data_file, stopped, save_steps=4, save_total_limit=9)
-    for path in (stopped / "checkpoint-12", stopped / "checkpoint-14"):
-        shutil.rmtree(path)
-    metrics = run(
-        model_dir, data_file, stopped, save_steps=4, precompute_ref_log_probs=True, resume_from_checkpoint="latest"
-    )
-    assert losses(metrics) == pytest.approx(losses(plain_run[1]), abs=1e-5)
+@pytest.mark.parametrize("precompute, n_models", [(False, 2), (True, 1)])
+def test_precomputing_lets_the_reference_go(model_dir, data_file, tmp_path, precompute, n_models):
+    def count():
+        gc.collect()
+        counts.append(sum(isinstance(thing, Qwen2ForCausalLM) for thing in gc.get_objects()))
+
+    counts, settings = [], {"max_steps": 1, "max_eval_samples": 0, "precompute_ref_log_probs": precompute}
+    count()
+    type_here(arguments(model_dir, data_file, tmp_path / "run", **settings), cue="step 1/", act=count)
+    assert counts[1] - counts[0] == n_models
