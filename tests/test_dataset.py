@@ -1,5 +1,6 @@
 """dataset.py: what becomes of a row, from its columns to its target tokens and its place in a step."""
 
+import copy
 import itertools
 import json
 import random
@@ -26,15 +27,14 @@ from dataset import (
 )
 
 USER = [{"role": "user", "content": "天"}]
+SIDES = ("chosen", "rejected")
 SPECIAL = "contains a special token"
 
 
 def coig(chosen="好", rejected="坏", conversations=None, **more):
     turns = conversations if conversations is not None else [{"from": "human", "value": "天"}]
-    return {
-        "conversations": turns, "chosen": {"from": "gpt", "value": chosen},
-        "rejected": {"from": "gpt", "value": rejected}, "domain": "chat", **more,
-    }  # fmt: skip
+    sides = {"chosen": {"from": "gpt", "value": chosen}, "rejected": {"from": "gpt", "value": rejected}}
+    return {"conversations": turns, **sides, "domain": "chat"} | more
 
 
 # --- rows to triples
@@ -91,29 +91,31 @@ def test_all_turns_and_the_system_turn_are_kept():
     ]  # LLaMA-Factory's column
 
 
-BAD_ROWS = {
-    "row is not an object": ["text"],
-    "chosen: missing": {"conversations": USER, "rejected": "坏"},
-    "rejected: missing": coig() | {"rejected": None},
-    "chosen: wrong type": coig() | {"chosen": 7},
-    "rejected: wrong type": coig() | {"rejected": {"from": "gpt", "value": ["坏"]}},
-    "chosen: a turn without role or text": coig() | {"chosen": {"from": "gpt"}},
-    "conversations: wrong type": coig(conversations=3),
-    "conversations: unknown role": coig(conversations=[{"from": "tool", "value": "天"}]),
-    "chosen: not valid Unicode": coig(chosen="\ud800"),
-    "prompt: wrong type": {"prompt": 3, "chosen": "好", "rejected": "坏"},
-    "prompt: empty": coig(conversations=[]),
-    "prompt: does not end with a user turn": coig(conversations=[{"from": "gpt", "value": "天"}]),
-    "response: not one assistant turn": coig() | {"chosen": {"from": "human", "value": "好"}},
-    "response: empty": coig(rejected=" \n"),
-    "chosen equals rejected": coig(rejected="好"),
-}
+BAD_ROWS = [
+    ("row is not an object", ["text"]),
+    ("chosen: missing", {"conversations": USER, "rejected": "坏"}),
+    ("rejected: missing", coig() | {"rejected": None}),
+    ("chosen: wrong type", coig() | {"chosen": 7}),
+    ("rejected: wrong type", coig() | {"rejected": {"from": "gpt", "value": ["坏"]}}),
+    ("chosen: a turn without role or text", coig() | {"chosen": {"from": "gpt"}}),
+    ("conversations: wrong type", coig(conversations=3)),
+    ("conversations: unknown role", coig(conversations=[{"from": "tool", "value": "天"}])),
+    ("chosen: not valid Unicode", coig(chosen="\ud800")),
+    ("domain: not valid Unicode", coig(domain="\ud800")),
+    ("prompt: wrong type", {"prompt": 3, "chosen": "好", "rejected": "坏"}),
+    ("prompt: empty", coig(conversations=[])),
+    ("prompt: does not end with a user turn", coig(conversations=[{"from": "gpt", "value": "天"}])),
+    ("response: not one assistant turn", coig() | {"chosen": {"from": "human", "value": "好"}}),
+    ("response: empty", coig(rejected=" \n")),
+    ("response: not one assistant turn", coig() | {side: [*USER, {"from": "gpt", "value": side}] for side in SIDES}),
+    ("chosen equals rejected", coig(rejected="好")),
+]
 
 
-@pytest.mark.parametrize("cause", BAD_ROWS)
-def test_bad_rows_are_named(cause):
+@pytest.mark.parametrize("cause, row", BAD_ROWS, ids=[cause for cause, _ in BAD_ROWS])
+def test_bad_rows_are_named(cause, row):
     with pytest.raises(Unusable) as error:
-        read_triple(BAD_ROWS[cause])
+        read_triple(row)
     assert str(error.value) == cause
 
 
@@ -137,6 +139,9 @@ def test_targets_are_the_response_and_one_end_of_turn(tokenizer):
     assert not row["truncated"]
     row = encode(tokenizer, "天地", "!!", "人")  # plain text ends with the eos; a mask by id would lose "!", which is 0
     assert tokenizer.decode(row["prompt_ids"]) == "天地" and row["chosen_ids"] == [0, 0, tokenizer.eos_token_id]
+    without_eos = copy.deepcopy(tokenizer)
+    without_eos.eos_token = None
+    assert encode(without_eos, "天地", "!!", "人")["chosen_ids"] == [0, 0, end]
 
 
 def test_boundary_is_not_merged(tokenizer):
@@ -146,6 +151,16 @@ def test_boundary_is_not_merged(tokenizer):
     (newline,) = tokenizer("\n")["input_ids"]
     assert row["prompt_ids"][-1] == newline and row["chosen_ids"][0] == newline
     assert row["prompt_ids"] == encode(tokenizer, USER, "好", "坏")["prompt_ids"]
+
+
+@pytest.mark.parametrize("behind, end", [
+    ("<|im_end|>\n", "<|im_end|>"), ("<|im_end|><|endoftext|>", "<|im_end|>"), ("</s>", "<|endoftext|>"),
+])  # fmt: skip
+def test_end_of_turn(tokenizer, behind, end):
+    """The first special token that the template writes behind an answer; the eos where it writes none."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("}}<|im_end|>\n", "}}" + behind)
+    assert other.convert_ids_to_tokens(end_of_turn_id(other)) == end
 
 
 @pytest.mark.parametrize(
@@ -174,7 +189,7 @@ def test_rows_with_special_tokens_are_counted(tmp_path, tokenizer):
     assert sorted(data.train.rows) == [0, 3] and data.dropped == {SPECIAL: (2, 1)}
 
 
-def tokenizer_with_a_space_in_front(kind: str) -> PreTrainedTokenizerFast:
+def tokenizer_with_a_space_in_front(kind: str, separator: str = " ") -> PreTrainedTokenizerFast:
     """Of Llama 2's kind: it writes a space in front of every text that it gets."""
     bpe = Tokenizer(models.BPE())
     if kind == "byte level":
@@ -185,7 +200,7 @@ def tokenizer_with_a_space_in_front(kind: str) -> PreTrainedTokenizerFast:
         bpe.decoder = decoders.Metaspace(prepend_scheme="never")  # shows the space
         alphabet = [*WORDS, *"\n!abcdefghijklmnopqrstuvwxyzINST[]/"]
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([" ".join(random.Random(i).choices(WORDS, k=30)) for i in range(50)], trainer)
+    bpe.train_from_iterator([separator.join(random.Random(i).choices(WORDS, k=30)) for i in range(50)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
@@ -204,6 +219,18 @@ def test_a_tokenizer_that_writes_a_space_in_front(kind):
     row = encode(tokenizer, USER, "好", "\n坏")
     assert tokenizer.decode(row["prompt_ids"]) == " [INST] 天 [/INST]"
     assert tokenizer.decode(row["chosen_ids"]) == " 好</s>" and tokenizer.decode(row["rejected_ids"]) == " \n坏</s>"
+
+
+@pytest.mark.parametrize("separator", ["\n", "\n\n"])
+def test_a_tokenizer_that_merges_across_line_breaks_loses_no_text(separator):
+    """The line break that keeps the space away may be merged with what follows: then there is no telling them apart."""
+    tokenizer, outcomes = tokenizer_with_a_space_in_front("always", separator), set()
+    for text in itertools.chain(WORDS, ["\n" + word for word in WORDS], ["\n\n" + word for word in WORDS]):
+        row = encode(tokenizer, "天", text, "!")
+        outcomes.add(type(row))
+        if isinstance(row, dict):
+            assert tokenizer.decode(row["chosen_ids"]) == text + "</s>"
+    assert outcomes == {dict, Unusable}
 
 
 @pytest.mark.parametrize("kind", ["no space", "always"])
@@ -333,7 +360,7 @@ def test_what_is_kept_of_a_set_is_not_another_sets(tmp_path, tokenizer):
 
 
 def test_bad_rows_are_counted_with_the_first_of_each(tmp_path, tokenizer):
-    rows = [*make_rows(), *BAD_ROWS.values(), *BAD_ROWS.values()]
+    rows = [*make_rows(), *(row for _, row in BAD_ROWS * 2)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with path.open("ab") as file:
         file.write(b"{not json\n")
@@ -341,7 +368,7 @@ def test_bad_rows_are_counted_with_the_first_of_each(tmp_path, tokenizer):
     n_good = len(make_rows())
     data = prepare(load_rows(str(path)), tokenizer, max_eval_samples=0)
     assert len(data.train) == n_good and sorted(data.train.rows) == list(range(n_good))
-    assert set(data.dropped) == {*BAD_ROWS, "not valid JSON"}
+    assert set(data.dropped) == {*(cause for cause, _ in BAD_ROWS), "not valid JSON"}
     assert data.dropped["row is not an object"] == (2, n_good)
     assert data.dropped["chosen: not valid Unicode"][0] == 3  # twice as an escaped surrogate, once as bytes
     assert f"dropped 2 rows: row is not an object (first: row {n_good})" in data.summary()
@@ -349,7 +376,7 @@ def test_bad_rows_are_counted_with_the_first_of_each(tmp_path, tokenizer):
 
 def test_bad_neighbours_do_not_change_good_rows(tmp_path, tokenizer):
     good = make_rows()
-    mixed = [row for pair in zip(good, [*BAD_ROWS.values()] * 9, strict=False) for row in pair]
+    mixed = [row for pair in zip(good, [row for _, row in BAD_ROWS] * 9, strict=False) for row in pair]
     alone = prepare(load_rows(str(write_jsonl(tmp_path / "a.jsonl", good))), tokenizer, max_eval_samples=0)
     beside = prepare(load_rows(str(write_jsonl(tmp_path / "b.jsonl", mixed))), tokenizer, max_eval_samples=0)
     tokens = [

@@ -176,6 +176,14 @@ def test_a_tree_that_fits_is_not_split():
     assert len(batches) > 1 and sum(batch["n_tokens"] for batch in batches) == sum(sizes)
 
 
+def test_a_tree_that_is_cut_is_cut_where_little_is_shared():
+    """Two sets of three responses, in turns: each set's pairs stay together, and no response is encoded twice."""
+    sets = [[[10 * s + k] * 4 for k in range(3)] for s in (1, 2)]
+    pairs = [{"index": 2 * i + s, "prompt_ids": [5, 6], "chosen_ids": sets[s][a], "rejected_ids": sets[s][b]}
+             for i, (a, b) in enumerate([(0, 1), (0, 2), (1, 2)]) for s in (0, 1)]  # fmt: skip
+    assert [batch["n_tokens"] for batch in TreeCollator(20)(pairs)] == [2 + 3 * 4] * 2
+
+
 def test_fillers_keep_processes_in_step():
     pairs = make_pairs(2)[:2]
     batches = TreeCollator(10_000)(pairs, n_processes=4)
