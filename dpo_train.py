@@ -310,8 +310,8 @@ def logps_both_ways(model: PreTrainedModel, steps: StepBatches, accelerator: Acc
     return torch.tensor(own, dtype=torch.float64), exactly, roughly
 
 
-# Activations of Qwen2.5-0.5B, without and with checkpointing: a little over what docs/performance.md counts.
-BYTES_PER_TOKEN = {False: 1.7e6, True: 0.25e6}
+# Of Qwen2.5-0.5B, without and with checkpointing: a little over what `tests/benchmark.py --memory` counts.
+BYTES_PER_TOKEN = {False: 2.0e6, True: 0.4e6}
 
 
 def rehearse(policy: PreTrainedModel, reference: PreTrainedModel, collate: TreeCollator, accelerator, flags) -> None:
@@ -341,7 +341,7 @@ def rehearse(policy: PreTrainedModel, reference: PreTrainedModel, collate: TreeC
         free, total = torch.cuda.mem_get_info()  # what others have taken is not ours, nor what lies beyond our share
         limit = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
         per_token = BYTES_PER_TOKEN[flags.gradient_checkpointing] * n_weights / 494e6
-        room = limit - resident - 12 * n_weights  # gradients and AdamW
+        room = limit - resident - 14 * n_weights  # gradients, AdamW, and the weights cast to bf16
         fits = min(int(0.8 * n_tokens), int(room / per_token)) // 256 * 256
         advice = [f"--micro_batch_tokens {fits}"] * (fits >= 2 * flags.max_length)
         advice += ["--gradient_checkpointing"] * (not flags.gradient_checkpointing)
@@ -1019,7 +1019,7 @@ def prepare_steps(tokenizer, accelerator: Accelerator, flags: Flags):
             1 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
             flags.domains.split(",") if flags.domains else None,
         )  # fmt: skip
-    # By BYTES_PER_TOKEN, 8,192 tokens take 14 GB on a GPU. A CPU gains nothing from large micro-batches.
+    # By count, 8,192 tokens make a peak of 25 GB on a GPU. A CPU gains nothing from large micro-batches.
     n_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if torch.cuda.is_available() else 2048)
     collate = TreeCollator(n_tokens, one_row=choose_attention(flags) == "tree")
     place = accelerator.process_index, accelerator.num_processes
