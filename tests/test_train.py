@@ -349,10 +349,21 @@ def test_bf16_computes_in_bf16_over_float32_weights(model_dir, data_file, tmp_pa
     assert set(more) == {torch.bfloat16, torch.float32}
     assert fewer[torch.float32] == more[torch.float32] < fewer[torch.bfloat16] < 0.7 * more[torch.bfloat16]
     assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6)
-    start, end = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "5" / "model.safetensors")
+    start, end = (load_file(folder / "model.safetensors") for folder in (model_dir, tmp_path / "5"))
     for name, weight in end.items():  # 5e-6 beside 0.3: bf16 weights would have stayed as they were
         assert weight.dtype == torch.float32 and not torch.equal(weight, start[name].float())
         torch.testing.assert_close(weight, start[name].float(), atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_computes_again_instead_of_keeping(model_dir, data_file, tmp_path):
+    """Of the three passes of a step with its reference, the policy's forward pass is done twice."""
+    counts = []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "max_eval_samples": 0, "max_steps": 4}
+        with Products() as products:
+            run(model_dir, data_file, tmp_path / str(checkpointing), **settings)
+        counts.append(products.counts[torch.float32])
+    assert counts[1] > 1.15 * counts[0]
 
 
 def test_logged_values_are_means_over_the_pairs_since_the_last_line(plain, model_dir, data_file, tmp_path):
@@ -434,15 +445,17 @@ def test_nothing_held_out(model_dir, data_file, tmp_path):
     assert "No pairs were held out" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_eval_only_compares_two_models(plain, model_dir, data_file, tmp_path):
-    """The figures of a run's end, from its model and its start alone."""
+def test_eval_only_compares_two_models(plain, model_dir, data_file, tmp_path, monkeypatch):
+    """The figures of a run's end, from its model and its start alone; twice, in default folders of their own."""
     folder, metrics = plain
     settings = {"ref_model_name_or_path": model_dir, "eval_only": True, "max_new_tokens": 4}
-    run(folder, data_file, tmp_path / "eval", **settings)
-    report = (tmp_path / "eval" / "report.md").read_text()
-    assert f"| loss (nats) | 0.6931 | {metrics[-1]['eval_loss']:.4f} |" in report
-    assert f"{model_dir.name} (before) and {folder.name} (after)" in report and "**Before**" in report
-    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["report.md"]
+    monkeypatch.chdir(tmp_path)
+    for name in ("eval", "eval-2"):
+        assert type_here(arguments(folder, data_file, None, **settings)).returncode == 0
+        report = (tmp_path / "output" / name / "report.md").read_text()
+        assert f"| loss (nats) | 0.6931 | {metrics[-1]['eval_loss']:.4f} |" in report
+        assert f"{model_dir.name} (before) and {folder.name} (after)" in report and "**Before**" in report
+        assert [path.name for path in (tmp_path / "output" / name).iterdir()] == ["report.md"]
 
 
 def test_answers_are_greedy_whatever_the_models_own_config_asks_for(model_dir, data_file, tmp_path):
@@ -479,7 +492,9 @@ def test_resume_equals_uninterrupted(rare_lines, model_dir, data_file, tmp_path,
     folder = tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-4", folder / "checkpoint-4")
     shutil.copy(whole / "metrics.jsonl", folder)  # with lines behind step 4, as a crash leaves them
-    resumed = run(model_dir, data_file, folder, resume_from_checkpoint="latest", **settings)
+    words = arguments(model_dir, data_file, folder, resume_from_checkpoint="latest", **settings)
+    done, resumed = type_here(words, terminal=True), read_metrics(folder)
+    assert done.stderr.count("Reference:   0%") == precompute  # for held-out pairs: the others are in the checkpoint
     assert comparable(resumed) == comparable(read_metrics(whole))
     assert [(line["event"], line["step"]) for line in resumed if "event" in line] == [("start", 0), ("resumed", 4)]
     assert same_weights(folder, whole) and same_weights(folder / "checkpoint-14", whole / "checkpoint-14")
@@ -504,7 +519,7 @@ def test_the_reference_is_never_one_that_has_trained(plain, model_dir, data_file
 )
 def test_stopped_and_resumed(rare_lines, model_dir, data_file, tmp_path, number, precompute, cues, stops):
     """Stopped twice and resumed as it says: the end is that of the run that nobody stopped, bit for bit."""
-    settings = {"precompute_ref_log_probs": precompute, "micro_batch_tokens": None, "save_steps": 1000}
+    settings = {"precompute_ref_log_probs": precompute, "save_steps": 1000}
     words = arguments(model_dir, data_file, tmp_path / "run", **settings)
     for cue, stop in zip(cues, stops, strict=True):
         press = {"cue": cue, "act": lambda: os.kill(os.getpid(), number), "terminal": precompute}
@@ -597,15 +612,15 @@ def assert_same_run(folder, metrics, expected_folder, expected):
 
 
 def test_two_processes_are_one_run_end_together_and_resume(plain, model_dir, data_file, tmp_path):
-    """One of them is killed in the fifth step or soon after, and both go on from the checkpoint before it."""
-    words = launch("dpo_train.py", *arguments(model_dir, data_file, tmp_path / "run", save_steps=4))
+    """One of them is killed in the fourth step or soon after, and both go on from the last checkpoint."""
+    words = launch("dpo_train.py", *arguments(model_dir, data_file, tmp_path / "run", save_steps=1))
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, ranks = [], []
     for line in process.stdout:
         said.append(line)
         if line.startswith("step 1/"):
             ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        if line.startswith("step 5/"):
+        if line.startswith("step 3/"):
             os.kill(int(ranks[1]), signal.SIGKILL)
             break
     process.communicate(timeout=60)
@@ -985,12 +1000,13 @@ def test_a_loss_that_is_stuck_and_chosen_responses_that_sink_are_told_once(
 
 
 @pytest.mark.parametrize("precompute, n_models", [(False, 2), (True, 1)])
-def test_precomputing_lets_the_reference_go(model_dir, data_file, tmp_path, precompute, n_models):
+def test_precomputing_lets_the_reference_go(model_dir, data_file, other_model, tmp_path, precompute, n_models):
     def count():
         gc.collect()
-        counts.append(sum(isinstance(thing, Qwen2ForCausalLM) for thing in gc.get_objects()))
+        counts.append(sum(type(thing) is Qwen2ForCausalLM for thing in gc.get_objects()))
 
-    counts, settings = [], {"max_steps": 1, "max_eval_samples": 0, "precompute_ref_log_probs": precompute}
+    counts, settings = [], {"max_steps": 1, "ref_model_name_or_path": other_model}
+    settings["precompute_ref_log_probs"] = precompute
     count()
     type_here(arguments(model_dir, data_file, tmp_path / "run", **settings), cue="step 1/", act=count)
     assert counts[1] - counts[0] == n_models
