@@ -16,8 +16,8 @@ import loss
 from loss import LOSSES, dpo_loss, response_logps
 
 # Three pairs: log-probabilities of policy and reference, chosen and rejected, and the responses' tokens. Their
-# log-ratios are c = -10 + 12 = 2, r = -20 + 18 = -2;  c = -1, r = 1;  c = r = 0, as at the start of a run.
-POLICY = torch.tensor([[-10.0, -20.0], [-1.0, -1.0], [-7.0, -9.0]])
+# log-ratios are c = -10 + 12 = 2, r = -20 + 18 = -2;  c = -3, r = -1;  c = r = 0, as at the start of a run.
+POLICY = torch.tensor([[-10.0, -20.0], [-3.0, -3.0], [-7.0, -9.0]])
 REFERENCE = torch.tensor([[-12.0, -18.0], [0.0, -2.0], [-7.0, -9.0]])
 LENGTHS = torch.tensor([[4, 2], [2, 1], [5, 3]])
 
@@ -29,13 +29,13 @@ def losses_of(policy=POLICY, **settings):
 BY_HAND = {
     ("sigmoid", 0.0): [0.126928, 1.313262, 0.693147],
     ("sigmoid", 0.25): [0.626928, 1.063262, 0.693147],
-    ("sigmoid_norm", 0.0): [0.386871, 1.136871, 0.693147],
+    ("sigmoid_norm", 0.0): [0.386871, 0.825939, 0.693147],
     ("hinge", 0.0): [0.0, 2.0, 1.0],
-    ("ipo", 0.0): [0.25, 6.25, 1.0],
+    ("ipo", 0.0): [0.25, 2.25, 1.0],
     ("robust", 0.0): [0.126928, 1.313262, 0.693147],
     ("robust", 0.25): [-0.873072, 1.813262, 0.693147],
-    ("apo_zero", 0.0): [0.537883, 1.244918, 1.0],
-    ("apo_down", 0.0): [0.850262, 1.108600, 1.0],
+    ("apo_zero", 0.0): [0.537883, 1.195115, 1.0],
+    ("apo_down", 0.0): [0.850262, 0.913485, 1.0],
 }
 
 
@@ -46,24 +46,24 @@ def test_losses_by_hand(loss_type, label_smoothing):
     sigmoid       -log s(2) = log(1 + e^-2) = 0.126928;  log(1 + e) = 1.313262;  log 2 = 0.693147
       eps = 0.25  0.75 x 0.126928 + 0.25 x (0.126928 + 2) = 0.626928, since -log s(-z) = -log s(z) + z;
                   0.75 x 1.313262 + 0.25 x (1.313262 - 1) = 1.063262;  log 2
-    sigmoid_norm  c / n_c - r / n_r = 2/4 + 2/2 = 1.5;  -1/2 - 1/1 = -1.5;  0.  Times beta 0.75, -0.75, 0:
-                  log(1 + e^-0.75) = 0.386871;  0.386871 + 0.75 = 1.136871;  log 2
+    sigmoid_norm  c / n_c - r / n_r = 2/4 + 2/2 = 1.5;  -3/2 + 1/1 = -0.5;  0.  Times beta 0.75, -0.25, 0:
+                  log(1 + e^-0.75) = 0.386871;  log(1 + e^0.25) = 0.825939;  log 2
     hinge         max(0, 1 - 2) = 0;  1 + 1 = 2;  1
-    ipo           1 / (2 beta) = 1:  (1.5 - 1)^2 = 0.25;  (-1.5 - 1)^2 = 6.25;  1
+    ipo           1 / (2 beta) = 1:  (1.5 - 1)^2 = 0.25;  (-0.5 - 1)^2 = 2.25;  1
     robust        eps = 0: sigmoid.  eps = 0.25: (0.75 x 0.126928 - 0.25 x 2.126928) / 0.5 = -0.873072;
                   (0.75 x 1.313262 - 0.25 x 0.313262) / 0.5 = 1.813262;  (0.75 - 0.25) log 2 / 0.5 = log 2
     apo_zero      1 - s(1) + s(-1) = 1 - 0.731059 + 0.268941 = 0.537883;
-                  1 - s(-0.5) + s(0.5) = 1 - 0.377541 + 0.622459 = 1.244918;  1 - 0.5 + 0.5 = 1
+                  1 - s(-1.5) + s(-0.5) = 1 - 0.182426 + 0.377541 = 1.195115;  1 - 0.5 + 0.5 = 1
     apo_down      s(1) + 1 - s(2) = 0.731059 + 1 - 0.880797 = 0.850262;
-                  s(-0.5) + 1 - s(-1) = 0.377541 + 1 - 0.268941 = 1.108600;  0.5 + 1 - 0.5 = 1
+                  s(-1.5) + 1 - s(-1) = 0.182426 + 1 - 0.268941 = 0.913485;  0.5 + 1 - 0.5 = 1
 
     The rewards are beta c and beta r, whatever the loss.
     """
     losses, chosen, rejected = losses_of(beta=0.5, label_smoothing=label_smoothing, loss_type=loss_type)
     expected = torch.tensor(BY_HAND[loss_type, label_smoothing])
     torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0)
-    torch.testing.assert_close(chosen, torch.tensor([1.0, -0.5, 0.0]))
-    torch.testing.assert_close(rejected, torch.tensor([-1.0, 0.5, 0.0]))
+    torch.testing.assert_close(chosen, torch.tensor([1.0, -1.5, 0.0]))
+    torch.testing.assert_close(rejected, torch.tensor([-1.0, -0.5, 0.0]))
 
 
 def test_each_loss_is_tested():
@@ -83,7 +83,7 @@ def test_gradient_is_the_papers():
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_sft_term_by_hand(loss_type):
-    """Negative log-likelihoods of the chosen responses a token: 10/4 = 2.5, 1/2 = 0.5, 7/5 = 1.4; times 0.1 they are
+    """Negative log-likelihoods of the chosen responses a token: 10/4 = 2.5, 3/2 = 1.5, 7/5 = 1.4; times 0.1 they are
     what is added, and d / d log pi(y_w|x) is -0.1 / 4, -0.1 / 2, -0.1 / 5. The rejected ones take no part."""
     settings, gradients = {"beta": 0.5, "loss_type": loss_type}, []
     for sft_weight in (0.0, 0.1):
@@ -91,8 +91,8 @@ def test_the_sft_term_by_hand(loss_type):
         losses, chosen, _ = losses_of(policy, **settings, sft_weight=sft_weight)
         losses.sum().backward()
         gradients.append(policy.grad)
-    torch.testing.assert_close(losses, losses_of(**settings)[0] + torch.tensor([0.25, 0.05, 0.14]))
-    torch.testing.assert_close(chosen, torch.tensor([1.0, -0.5, 0.0]))
+    torch.testing.assert_close(losses, losses_of(**settings)[0] + torch.tensor([0.25, 0.15, 0.14]))
+    torch.testing.assert_close(chosen, torch.tensor([1.0, -1.5, 0.0]))
     more = torch.tensor([[-0.025, 0.0], [-0.05, 0.0], [-0.02, 0.0]])
     torch.testing.assert_close(gradients[1] - gradients[0], more, atol=1e-6, rtol=0)
 
