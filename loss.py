@@ -240,7 +240,7 @@ def _column_of_target(target_ids: torch.Tensor, words: slice) -> tuple[torch.Ten
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of the pairs
 
-# The loss of each pair, [P], by name: names and definitions are TRL's. Of each pair, [P]:
+# The loss of each pair, [P], by name: names and definitions are TRL's, which knows no eps in sigmoid. Of a pair, [P]:
 #   c, r      log-ratios log pi_theta(y|x) / pi_ref(y|x) of the chosen and the rejected response, in nats
 #   n_c, n_r  their lengths in tokens, the end-of-turn included
 #   beta, eps two numbers: --beta and --label_smoothing
@@ -249,13 +249,13 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     # DPO, arXiv 2305.18290 eq. 7; with eps > 0 conservative DPO: labels are taken to be swapped with that probability.
     "sigmoid": lambda c, r, n_c, n_r, beta, eps:
         (eps - 1) * logsigmoid(beta * (c - r)) - eps * logsigmoid(beta * (r - c)),
-    # Length-normalized DPO, arXiv 2411.15124 (Tulu 3) eq. 6: log-ratios a token. Beta is then larger, 5 for example.
+    # Length-normalized DPO, arXiv 2411.15124 (Tulu 3): log-ratios a token. Beta is then larger, 5 for example.
     "sigmoid_norm": lambda c, r, n_c, n_r, beta, eps: -logsigmoid(beta * (c / n_c - r / n_r)),
-    # SLiC's hinge, arXiv 2305.10425 eq. 1, on DPO's margin.
+    # SLiC's hinge, arXiv 2305.10425, on DPO's margin, as in RSO, arXiv 2309.06657.
     "hinge": lambda c, r, n_c, n_r, beta, eps: torch.relu(1 - beta * (c - r)),
     # IPO, arXiv 2310.12036 eq. 17, on log-ratios a token, as its authors compute it.
     "ipo": lambda c, r, n_c, n_r, beta, eps: (c / n_c - r / n_r - 1 / (2 * beta)) ** 2,
-    # Robust DPO, arXiv 2403.00409 eq. 14: unbiased if labels are swapped with probability eps.
+    # Robust DPO, arXiv 2403.00409 section 3.1: unbiased if labels are swapped with probability eps.
     "robust": lambda c, r, n_c, n_r, beta, eps:
         ((eps - 1) * logsigmoid(beta * (c - r)) + eps * logsigmoid(beta * (r - c))) / (1 - 2 * eps),
     # APO-zero, arXiv 2408.06266 eq. 7: raises the chosen, lowers the rejected response.

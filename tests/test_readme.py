@@ -48,7 +48,7 @@ def test_the_commands_work_as_printed(clone):
             continue
         program = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words
         program = [sys.executable, *program, *SHORTER.get(words[0], [])]
-        done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         if "--output" in words:
             assert (clone / words[words.index("--output") + 1]).stat().st_size > 0
