@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +20,13 @@ import loss
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_benchmark(*words: str) -> str:
-    command, environment = [sys.executable, "tests/benchmark.py", *words], os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_benchmark_compares_the_same_training():
+def test_benchmark_compares_the_same_training(monkeypatch, capsys):
     """Exit 0 means that the losses agree; sharing must encode fewer tokens for the same pairs."""
-    words = ["--pairs", "16", "--steps", "2", "--max_length", "128", "--fp32", "--only", "ours|ours, sharing off"]
-    rows = [line.split("|") for line in run_benchmark(*words).splitlines() if line.startswith("| ours")]
+    words = ["--pairs", "8", "--steps", "2", "--max_length", "64", "--fp32", "--only", "ours|ours, sharing off"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert benchmark.main() == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
     assert [row[1].strip() for row in rows] == ["ours", "ours, sharing off"]
     shared, unshared = (int(row[4]) for row in rows)
     assert shared < 0.8 * unshared

@@ -359,7 +359,7 @@ def test_gradient_checkpointing_computes_again_instead_of_keeping(model_dir, dat
     """Of the three passes of a step with its reference, the policy's forward pass is done twice."""
     counts = []
     for checkpointing in (False, True):
-        settings = {"gradient_checkpointing": checkpointing, "max_eval_samples": 0, "max_steps": 4}
+        settings = {"gradient_checkpointing": checkpointing, "max_steps": 4}
         with Products() as products:
             run(model_dir, data_file, tmp_path / str(checkpointing), **settings)
         counts.append(products.counts[torch.float32])
