@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "docs" / "sample" / "model"
 CARDS = {  # GB: flags, peak in GB by `tests/benchmark.py --memory`
+    16: ("--micro_batch_tokens 8192 --gradient_checkpointing true", 12.0),
+    24: ("--micro_batch_tokens 6144", 20.6),
+    32: ("", 24.6),
 }
 LIMITED = """
 import sys, dpo_train, torch

@@ -469,6 +469,9 @@ def test_answers_are_greedy_whatever_the_models_own_config_asks_for(model_dir, d
     sides = "Before", "After"
     before, after = (re.findall(rf"\*\*{name}\*\*\n\n```text\n(.*?)\n```", report, re.S) for name in sides)
     assert len(before) == 2 and before == after and all(before)
+    run(tmp_path / "penalty", data_file, tmp_path / "trained", max_steps=1, max_new_tokens=1)
+    saved = GenerationConfig.from_pretrained(tmp_path / "trained")  # as it was asked for, for whoever uses the model
+    assert (saved.repetition_penalty, saved.no_repeat_ngram_size) == (5.0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
