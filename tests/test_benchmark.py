@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from fake_training import Storages, Training, full_micro_batch, peak
+from fake_training import Storages, Training, as_on_a_gpu, full_micro_batch, peak
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import dpo_train
 import loss
+from dataset import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +76,49 @@ def test_the_rehearsal_takes_at_least_what_a_step_takes(small):
                     storages.add(model.parameters())
                 dpo_train.rehearse(training.policy, reference, steps.collate, training.accelerator, flags)
         assert storages.peak > 0.99 * peak(flags, steps, batch)
+
+
+class TooSmall(Storages):
+    """A GPU of so many bytes."""
+
+    limit = float("inf")
+
+    def add(self, tensors) -> None:
+        super().add(tensors)
+        if self.now > self.limit:
+            raise torch.OutOfMemoryError("fake")
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_the_advice_of_the_rehearsal_fits(slow, small, tmp_path, monkeypatch, more):
+    """With 16 GB, at Qwen2.5-0.5B's size: what does not fit is noticed, what is advised then fits."""
+    args, steps, _ = small
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    args.model, steps.collate.micro_batch_tokens = str(tmp_path), 32_768
+    flags = benchmark.our_flags(args, attn_implementation="sdpa", max_length=1024, **more)
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu():
+        training = Training(flags, steps)
+        models = training.policy, training.reference.scorer.model
+
+        def rehearse() -> None:
+            with TooSmall() as gpu:
+                for model in models:
+                    gpu.add(model.parameters())
+                taken, gpu.limit = gpu.now, 16e9
+                monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: taken)
+                monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: gpu.now)
+                monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu.limit - gpu.now, gpu.limit))
+                monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
+                dpo_train.rehearse(*models, steps.collate, training.accelerator, flags)
+
+        with pytest.raises(UserError) as refusal:
+            rehearse()
+        steps.collate.micro_batch_tokens = int(re.search(r"try --micro_batch_tokens (\d+)", str(refusal.value))[1])
+        rehearse()
 
 
 def test_cards_get_the_flags_that_fit(small, monkeypatch, capsys):
