@@ -1102,7 +1102,7 @@ def train(flags: Flags) -> Path:
             state["before"] = evaluate_policy(scorer, eval_ref, tokenizer, flags, with_answers=True)
         log.evaluation(0, 0.0, state["before"])
     loader = torch.utils.data.DataLoader(
-        steps, sampler=range(step, total_steps), batch_size=None, pin_memory=device.type == "cuda",
+        steps, sampler=range(step, total_steps), batch_size=None, collate_fn=list, pin_memory=device.type == "cuda",
         num_workers=int(device.type == "cuda"), worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
 

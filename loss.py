@@ -5,6 +5,7 @@ response from seeing the other ones; `response_logps` sums log pi(y|x) without e
 logits; `dpo_loss` makes a loss of each pair, by one of the formulas in `LOSSES`.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -18,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Tokens and words of one tile of logits, on a CPU (docs/performance.md has what was tried) and on a GPU.
 TILES = {"cpu": (1024, 4096), "cuda": (2048, 8192)}
+# FlashAttention takes fewer key heads as they come; torch's function asks to be told so from 2.13 on.
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model over the trees
@@ -132,7 +135,7 @@ def _attend_at_once(plan, query, key, value, scaling) -> torch.Tensor:
     keys, values = key.index_select(0, key_index), value.index_select(0, key_index)
     return varlen_attn(
         query.contiguous(), keys, values, query_ends, key_ends, max_queries, max_keys,
-        scale=scaling, window_size=(-1, 0), enable_gqa=True,
+        scale=scaling, window_size=(-1, 0), **GQA,
     )[None]  # fmt: skip
 
 
