@@ -525,8 +525,11 @@ def epoch_order(keys: np.ndarray, seed: int, epoch: int, group_by_prompt: bool =
     return np.argsort(place[group], kind="stable")
 
 
-class StepBatches(torch.utils.data.Dataset):
-    """Item s: a process's micro-batches of optimizer step s. A function of (seed, s): to resume is to start at s."""
+class StepBatches:
+    """Item s: this process's micro-batches of optimizer step s.
+
+    A function of (seed, s), so that a resumed run and every process see the same order: to resume is to start at s.
+    """
 
     def __init__(
         self, pairs: Pairs, collate: "TreeCollator", batch_size: int, seed: int, group_by_prompt: bool = True,
@@ -539,14 +542,27 @@ class StepBatches(torch.utils.data.Dataset):
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> np.ndarray:
-        """The pairs of a step; the last step of an epoch has what is left."""
+        """The pairs of a step, over all processes; the last step of an epoch has what is left."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, epoch_order(self.pairs.keys, self.seed, epoch, self.group_by_prompt)
         return self.order[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def __getitem__(self, step: int) -> list[dict]:
+    def __getitem__(self, step: int) -> list["MicroBatch"]:
         return self.collate(self.pairs.read(self.indices(step)), self.n_processes)[self.process :: self.n_processes]
+
+
+@dataclass
+class MicroBatch:
+    """One row of token trees: what one forward pass computes. `TreeCollator` says what is in it."""
+
+    tensors: dict[str, torch.Tensor]  # for the device
+    segments: list[tuple[int, int, int, int]]  # for the host alone, to plan attention from
+
+    def filler(self) -> "MicroBatch":
+        """The same without pairs, so that its loss is an empty sum: keeps processes in step that have no pairs left."""
+        names = ("chosen_index", "rejected_index", "pair_index")
+        return MicroBatch(self.tensors | {name: self.tensors[name][:0] for name in names}, self.segments)
 
 
 @dataclass
@@ -586,12 +602,10 @@ class TreeCollator:
     >>> pairs = [{"index": 0, "prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
     ...          {"index": 1, "prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [4, 4, 9]}]
     >>> (batch,) = collate(pairs)
-    >>> for name, value in batch.items():
-    ...     print(f"{name:16}", value.tolist() if isinstance(value, torch.Tensor) else value)
+    >>> for name, tensor in batch.tensors.items():
+    ...     print(f"{name:16}", tensor.tolist())
     input_ids        [[5, 6, 7, 9, 8, 9, 4, 4, 9]]
     position_ids     [[0, 1, 2, 3, 2, 3, 2, 3, 4]]
-    branch_ids       [[0, 0, 1, 1, 2, 2, 3, 3, 3]]
-    tree_ids         [[0, 0, 0, 0, 0, 0, 0, 0, 0]]
     predictor_index  [1, 2, 1, 4, 1, 6, 7]
     target_ids       [7, 9, 8, 9, 4, 4, 9]
     response_index   [0, 0, 1, 1, 2, 2, 2]
@@ -599,56 +613,48 @@ class TreeCollator:
     chosen_index     [0, 0]
     rejected_index   [1, 2]
     pair_index       [0, 1]
-    weight           1.0
-    n_tokens         9
-    index_on_host    [0 1]
-    segments         [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
+    >>> batch.segments
+    [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
-    R rows of T tokens, N response tokens, M distinct responses, P pairs:
+    T tokens, N response tokens, M distinct responses, P pairs:
 
     | tensor | shape | meaning |
     |---|---|---|
-    | input_ids | [R, T] | a prompt and its responses, then the next tree, padded on the right |
-    | position_ids | [R, T] | restart after the prompt for each response |
-    | branch_ids | [R, T] | 0 for a prompt, k for the tree's k-th response, -1 for padding |
-    | tree_ids | [R, T] | which of the row's trees, -1 for padding |
-    | predictor_index | [N] | flat position in [R*T] of the hidden state that predicts each response token |
+    | input_ids | [1, T] | a prompt and its responses, then the next tree; nothing is padded |
+    | position_ids | [1, T] | restart after the prompt for each response |
+    | predictor_index | [N] | position of the hidden state that predicts each response token |
     | target_ids | [N] | the response tokens |
     | response_index | [N] | which of the M responses each token belongs to |
     | response_lengths | [M] | tokens of each response |
     | chosen_index, rejected_index | [P] | each pair's two responses |
     | pair_index | [P] | the pairs' numbers in their `Pairs` |
 
-    and, for the host, since asking a GPU would stall it: `weight`, 1, or 0 in a filler, which keeps processes in step
-    when they outnumber the micro-batches; `n_tokens` without padding; `pair_index` once more; `segments`, for each
-    prompt and each response its (start, end) in its row and those of its prompt, a prompt's own being (start, start).
+    `segments` has, for each prompt and each response, its (start, end) in the row and those of its prompt, a prompt's
+    own being (start, start).
     """
 
     micro_batch_tokens: int
-    pad_token_id: int = 0  # never attended to and never a target: any id will do
     share: bool = True  # False encodes every response of every pair anew, prompt included, as other trainers do
-    one_row: bool = False  # for attention by segments, without a mask: nothing is padded
 
-    def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[dict]:
+    def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[MicroBatch]:
         """The micro-batches of these pairs, the longest first; their number is a multiple of `n_processes`.
 
         Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
-        bins = self._fill_bins(self._trees(pairs), n_processes)
-        batches = [self._tensors(trees) for trees in bins if trees]
-        filler = batches[-1] | {"weight": 0.0}
-        return batches + [filler] * (len(bins) - len(batches))
+        groups = self._fill_groups(self._trees(pairs), n_processes)
+        batches = [self._micro_batch(trees) for trees in groups if trees]
+        return batches + [batches[-1].filler()] * (len(groups) - len(batches))
 
     def _trees(self, pairs: Sequence[dict]) -> list[Tree]:
         """One tree for each prompt; where it doesn't fit into a micro-batch several, each with the prompt once more."""
-        groups: dict[bytes | int, list[dict]] = {}
+        by_prompt: dict[bytes | int, list[dict]] = {}
         for pair in pairs:
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
             prompt, *responses = (np.asarray(pair[name], dtype=np.int64) for name in names)
             taken = {"index": pair["index"], "prompt": prompt, "responses": [ids.tobytes() for ids in responses]}
-            groups.setdefault(prompt.tobytes() if self.share else pair["index"], []).append(taken)
+            by_prompt.setdefault(prompt.tobytes() if self.share else pair["index"], []).append(taken)
         trees = []
-        for left in groups.values():
+        for left in by_prompt.values():
             while left:
                 tree = Tree(left[0]["prompt"], self.share)
                 while left:
@@ -666,63 +672,46 @@ class TreeCollator:
                 trees.append(tree)
         return trees
 
-    def _fill_bins(self, trees: list[Tree], n_processes: int) -> list[list[Tree]]:
-        """Trees into the fewest micro-batches that hold them, evenly filled."""
-        n_bins = -(-_total(trees) // (self.micro_batch_tokens * n_processes)) * n_processes
+    def _fill_groups(self, trees: list[Tree], n_processes: int) -> list[list[Tree]]:
+        """Trees into the fewest groups, one a micro-batch, that hold them, evenly filled: the longest tree first, each
+        into the group with the fewest tokens so far."""
+        n_tokens = sum(tree.n_tokens for tree in trees)
+        n_groups = -(-n_tokens // (self.micro_batch_tokens * n_processes)) * n_processes
         while True:
-            bins = _spread(trees, n_bins)
-            if max(map(_total, bins)) <= self.micro_batch_tokens:
-                return sorted(bins, key=_total, reverse=True)
-            n_bins += n_processes
+            groups, totals = [[] for _ in range(n_groups)], [0] * n_groups
+            for tree in sorted(trees, key=lambda tree: -tree.n_tokens):
+                least = totals.index(min(totals))
+                groups[least].append(tree)
+                totals[least] += tree.n_tokens
+            if max(totals) <= self.micro_batch_tokens:
+                return [groups[i] for i in sorted(range(n_groups), key=lambda i: -totals[i])]
+            n_groups += n_processes
 
-    def _rows(self, trees: list[Tree]) -> list[list[Tree]]:
-        """Trees into rows: longer ones waste attention, more of them waste padding, a twentieth at most is allowed."""
-        best, best_cost = [trees], float("inf")
-        for n_rows in range(1, 2 if self.one_row else len(trees) + 1):
-            rows = _spread(trees, n_rows)
-            length = max(map(_total, rows))
-            size = n_rows * length
-            # At about 8,000 tokens a row, Qwen2.5-0.5B's attention costs as much as all its other layers.
-            cost = size * (1 + length / 8000)
-            if size <= min(self.micro_batch_tokens, 1.05 * _total(trees)) and cost < best_cost:
-                best, best_cost = rows, cost
-        return best
-
-    def _tensors(self, trees: list[Tree]) -> dict:
-        rows = self._rows(trees)
-        n_columns = max(map(_total, rows))
-        shape = len(rows), n_columns
-        input_ids, position_ids = np.full(shape, self.pad_token_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        branch_ids, tree_ids = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-        predictors, targets, pairs, segments = [], [], [], []
-        for r, row in enumerate(rows):
-            at = n_trees = 0
-            for tree in row:
-                n = len(targets)
-                pairs += [(index, n + chosen, n + rejected) for index, chosen, rejected in tree.pairs]
-                for prompt, responses in tree.branches():
-                    start, n_prompt = at, len(prompt)
-                    for k, ids in enumerate([prompt, *responses]):
-                        here = slice(at, at + len(ids))
-                        input_ids[r, here] = ids
-                        position_ids[r, here] = np.arange(len(ids)) + (n_prompt if k else 0)
-                        branch_ids[r, here] = k
-                        tree_ids[r, here] = n_trees
-                        segments.append((at, at + len(ids), start, start + n_prompt if k else start))
-                        if k:  # the prompt's last token predicts a response's first one
-                            before = r * n_columns + np.arange(at - 1, at + len(ids) - 1)
-                            before[0] = r * n_columns + start + n_prompt - 1
-                            predictors.append(before)
-                            targets.append(ids)
-                        at += len(ids)
-                    n_trees += 1
+    def _micro_batch(self, trees: list[Tree]) -> MicroBatch:
+        tokens, positions, predictors, targets, pairs, segments = [], [], [], [], [], []
+        at = 0  # tokens in the row so far
+        for tree in trees:
+            first = len(targets)  # number of the tree's first response in the micro-batch
+            pairs += [(index, first + chosen, first + rejected) for index, chosen, rejected in tree.pairs]
+            for prompt, responses in tree.branches():
+                start, end = at, at + len(prompt)
+                tokens.append(prompt)
+                positions.append(np.arange(len(prompt)))
+                segments.append((start, end, start, start))
+                at = end
+                for ids in responses:
+                    tokens.append(ids)
+                    positions.append(np.arange(len(ids)) + len(prompt))
+                    segments.append((at, at + len(ids), start, end))
+                    # The prompt's last token predicts a response's first one.
+                    predictors.append(np.r_[end - 1, at : at + len(ids) - 1])
+                    targets.append(ids)
+                    at += len(ids)
         pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
         lengths = np.array([len(ids) for ids in targets])
         arrays = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "branch_ids": branch_ids,
-            "tree_ids": tree_ids,
+            "input_ids": np.concatenate(tokens)[None],
+            "position_ids": np.concatenate(positions)[None],
             "predictor_index": np.concatenate(predictors),
             "target_ids": np.concatenate(targets),
             "response_index": np.repeat(np.arange(len(lengths)), lengths),
@@ -731,20 +720,4 @@ class TreeCollator:
             "rejected_index": rejected_index,
             "pair_index": pair_index,
         }
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        noted = {"weight": 1.0, "n_tokens": _total(trees), "index_on_host": pair_index, "segments": segments}
-        return batch | noted
-
-
-def _total(trees: Sequence[Tree]) -> int:
-    return sum(tree.n_tokens for tree in trees)
-
-
-def _spread(trees: list[Tree], n_bins: int) -> list[list[Tree]]:
-    """Trees, the longest first, each into the bin that is least full so far."""
-    bins, totals = [[] for _ in range(n_bins)], [0] * n_bins
-    for tree in sorted(trees, key=lambda tree: -tree.n_tokens):
-        least = totals.index(min(totals))
-        bins[least].append(tree)
-        totals[least] += tree.n_tokens
-    return bins
+        return MicroBatch({name: torch.from_numpy(array) for name, array in arrays.items()}, segments)

@@ -5,7 +5,8 @@
     accelerate launch dpo_train.py --output_dir output/dpo       # several GPUs
     python dpo_train.py --output_dir output/dpo --resume_from_checkpoint latest
 
-Read `train` first: one run from top to bottom. `dataset.py` makes the micro-batches, `loss.py` has the formulas.
+Read `train` first, at the end: one run from top to bottom. `dataset.py` makes the micro-batches, `loss.py` has the
+formulas, `plot_loss.py` makes the picture and the report from what was logged.
 """
 
 import contextlib
@@ -14,16 +15,17 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # micro-batches differ in shape
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages on CPUs; torch reads it once, at its first allocation
@@ -31,18 +33,41 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import accelerate
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from safetensors import SafetensorError
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
-from dataset import Pairs, StepBatches, TreeCollator, UserError, end_of_turn_id, first_line, load_rows, prepare
-from loss import LOSSES, ResponseScorer, dpo_loss
-from plot_loss import PlotError, plot_runs, read_run
+from dataset import (
+    MicroBatch,
+    Pairs,
+    PreparedData,
+    StepBatches,
+    TreeCollator,
+    UserError,
+    end_of_turn_id,
+    first_line,
+    load_rows,
+    prepare,
+)
+from loss import (
+    LOSSES,
+    ResponseScorer,
+    TreePlan,
+    attend_at_once,
+    attend_by_segment,
+    autocast,
+    dpo_loss,
+    plan_attention,
+)
+from plot_loss import PlotError, write_results
 
 SAMPLE = Path(__file__).resolve().parent / "docs" / "sample"
 
@@ -52,6 +77,19 @@ SAMPLE = Path(__file__).resolve().parent / "docs" / "sample"
 
 def flag(default: Any, text: str, **more) -> Any:
     return field(default=default, metadata={"help": text, **more})
+
+
+# What a flag's value must be, beside its type: (does it hold, in words).
+def above(least: float) -> tuple[Callable, str]:
+    return lambda value: least < value < math.inf, f"must be above {least}"
+
+
+def at_least(least: float) -> tuple[Callable, str]:
+    return lambda value: least <= value < math.inf, f"must be {least} or above"
+
+
+def from_0_to_below(end: float) -> tuple[Callable, str]:
+    return lambda value: 0 <= value < end, f"must be from 0 to below {end}"
 
 
 @dataclass
@@ -64,111 +102,126 @@ class Flags:
     dataset_name: str = flag("m-a-p/COIG-P", "hub name, local folder (git clone), or .parquet, .json, .jsonl file")
     dataset_split: str = flag("train", "split of a hub data set or folder")
     domains: str | None = flag(None, "only these values of the column `domain`, e.g. chat,math; None: all")
-    max_length: int = flag(1024, "tokens of prompt + response; longer pairs are cut, see dataset.py")
-    max_train_samples: int | None = flag(None, "train on this many pairs at most; None: all")
-    max_eval_samples: int = flag(512, "hold out this many pairs at most, by prompt, and at most a tenth; 0: none")
+    max_length: Annotated[int, at_least(16)] = flag(1024, "tokens of prompt + response; longer pairs are cut")
+    max_train_samples: Annotated[int | None, above(0)] = flag(None, "train on this many pairs at most; None: all")
+    max_eval_samples: Annotated[int, at_least(0)] = flag(
+        512, "hold out this many pairs at most, by prompt, and at most a tenth; 0: none"
+    )
     output_dir: str | None = flag(None, "where everything is written; None: output/dpo, or the next free output/dpo-N")
     # loss
-    beta: float = flag(0.1, "how strongly the policy is held to the reference; higher means less deviation")
+    beta: Annotated[float, above(0)] = flag(0.1, "how strongly the policy is held to the reference; higher: less moves")
     loss_type: str = flag("sigmoid", "the loss, see loss.py; sigmoid is the DPO paper's", choices=list(LOSSES))
-    label_smoothing: float = flag(0.0, "assumed share of pairs with swapped labels, 0 to below 0.5")
-    sft_weight: float = flag(0.0, "adds this many times the chosen response's negative log-likelihood a token")
+    label_smoothing: Annotated[float, from_0_to_below(0.5)] = flag(0.0, "assumed share of pairs with swapped labels")
+    sft_weight: Annotated[float, at_least(0)] = flag(
+        0.0, "adds this many times the chosen response's negative log-likelihood a token"
+    )
     # steps and optimizer
-    train_batch_size: int = flag(64, "pairs in one optimizer step, over all processes")
-    micro_batch_tokens: int | None = flag(
-        None, "tokens in one forward pass of one process: sets the memory, not the result; None: GPU 8192, CPU 2048"
+    train_batch_size: Annotated[int, above(0)] = flag(64, "pairs in one optimizer step, over all processes")
+    micro_batch_tokens: Annotated[int | None, above(0)] = flag(
+        None, "tokens in one forward pass of one process: sets the memory, not the result; None: what fits is found"
     )
     group_by_prompt: bool = flag(True, "a prompt's pairs in one step, which is fast; false: spread over the epoch")
-    learning_rate: float = flag(1e-6, "peak learning rate of AdamW")
+    learning_rate: Annotated[float, at_least(0)] = flag(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
-    warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises from 0")
-    warmup_steps: int = flag(0, "the same in steps; goes before the ratio if above 0")
-    weight_decay: float = flag(0.0, "of AdamW")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not clipped")
-    num_train_epochs: float = flag(1.0, "passes over the pairs")
-    max_steps: int = flag(-1, "stop after this many steps; goes before the epochs if above 0")
-    seed: int = flag(42, "of the order of the pairs")
+    warmup_ratio: Annotated[float, from_0_to_below(1)] = flag(0.1, "share of the steps in which the rate rises from 0")
+    warmup_steps: Annotated[int, at_least(0)] = flag(0, "the same in steps; goes before the ratio if above 0")
+    weight_decay: Annotated[float, at_least(0)] = flag(0.0, "of AdamW; norms and biases are spared")
+    max_grad_norm: Annotated[float, at_least(0)] = flag(1.0, "gradients are clipped to this norm; 0: not clipped")
+    num_train_epochs: Annotated[float, above(0)] = flag(1.0, "passes over the pairs")
+    max_steps: Annotated[int, at_least(-1)] = flag(-1, "stop after this many steps; goes before the epochs if above 0")
+    seed: Annotated[int, at_least(0)] = flag(42, "of the order of the pairs")
     # computing
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
-    attn_implementation: Literal["auto", "tree", "sdpa"] = flag(
-        "auto", "sdpa: with a mask, auto on a GPU; tree: without one, auto on a CPU, on a GPU not run by us yet"
-    )
     precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
     # logs and checkpoints
-    logging_steps: int = flag(10, "write metrics every this many steps (step 1 always)")
-    eval_steps: int = flag(500, "evaluate every this many steps, besides the start and the end; 0: only those")
-    save_steps: int = flag(1000, "write a checkpoint every this many steps; 0: none")
-    save_total_limit: int = flag(2, "checkpoints to keep")
+    logging_steps: Annotated[int, above(0)] = flag(10, "write metrics every this many steps (step 1 always)")
+    eval_steps: Annotated[int, at_least(0)] = flag(500, "evaluate every this many steps, and at start and end; 0: only there")
+    save_steps: Annotated[int, at_least(0)] = flag(1000, "write a checkpoint every this many steps; 0: none")
+    save_total_limit: Annotated[int, above(0)] = flag(2, "checkpoints to keep")
     resume_from_checkpoint: str | None = flag(None, "`latest` (of --output_dir) or a checkpoint's folder")
     report_to: str = flag("none", "also log to tensorboard, wandb, swanlab, mlflow ...: whatever accelerate knows")
     # other
     eval_only: bool = flag(False, "train nothing: compare --model_name_or_path with --ref_model_name_or_path")
-    max_new_tokens: int = flag(128, "length of the answers shown before and after; 0: no answers")
+    max_new_tokens: Annotated[int, at_least(0)] = flag(128, "length of the answers shown before and after; 0: none")
     demo: bool = flag(False, "train the bundled small model on bundled pairs: no network, two minutes on a CPU")
 
 
-PATHS = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
 DEMO = {
     "model_name_or_path": str(SAMPLE / "model"), "dataset_name": str(SAMPLE / "pairs.jsonl"), "learning_rate": 2e-4,
     "train_batch_size": 32, "max_length": 256, "mixed_precision": "no", "logging_steps": 1, "eval_steps": 20,
     "save_steps": 50, "max_new_tokens": 64,
 }  # fmt: skip
-MUST_MATCH_ON_RESUME = (
-    "beta", "loss_type", "label_smoothing", "sft_weight", "train_batch_size", "group_by_prompt", "learning_rate",
-    "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
-    "max_steps", "mixed_precision", "seed",
-)  # fmt: skip
+PATHS = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
+# Of a resumed run, all flags must be as before but for these. What they select among models and data is compared by
+# content: hashes of the weights and of the tokens.
+MAY_CHANGE_ON_RESUME = {
+    *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples", "micro_batch_tokens",
+    "gradient_checkpointing", "precompute_ref_log_probs", "logging_steps", "eval_steps", "save_steps",
+    "save_total_limit", "report_to", "eval_only", "max_new_tokens", "demo",
+}  # fmt: skip
+ELSEWHERE = {  # flags of TRL and transformers that are called otherwise here
+    "per_device_train_batch_size": "--train_batch_size, the pairs in a step over all devices",
+    "gradient_accumulation_steps": "--train_batch_size, the pairs in a step, and --micro_batch_tokens",
+    "per_device_eval_batch_size": "--micro_batch_tokens", "bf16": "--mixed_precision bf16, the default",
+    "fp16": "--mixed_precision bf16 or no", "max_prompt_length": "--max_length, of prompt and response together",
+    "max_completion_length": "--max_length, of prompt and response together", "run_name": "--output_dir",
+    "logging_dir": "--output_dir", "rpo_alpha": "--sft_weight", "pref_ftx": "--sft_weight", "pref_beta": "--beta",
+    "eval_strategy": "--eval_steps", "save_strategy": "--save_steps", "data_seed": "--seed", "cutoff_len": "--max_length",
+    "attn_implementation": "no such flag: there is one attention, over token trees",
+}  # fmt: skip
 
 
 class OneLineParser(HfArgumentParser):
     def error(self, message):  # argparse prints forty lines of usage first
+        for name, ours in ELSEWHERE.items():
+            if f"--{name}" in message.replace("=", " ").split():
+                raise UserError(f"--{name}: here it is {ours}")
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def parse_flags(argv: list[str] | None = None) -> Flags:
+def parse_flags(argv: Sequence[str]) -> Flags:
     """Flags from the command line; `--demo` changes defaults, so that flags given beside it still hold.
 
     Raises UserError for values that can't be meant, before anything is loaded.
     """
     parser = OneLineParser(Flags, prog="dpo_train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    argv = sys.argv[1:] if argv is None else argv
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
-    (flags,) = parser.parse_dict(vars(parser.parse_args(argv)))
+    flags = Flags(**vars(parser.parse_args(argv)))
     for name in PATHS:
         setattr(flags, name, getattr(flags, name) and os.path.expanduser(getattr(flags, name)))
-    above_0 = ("beta", "train_batch_size", "num_train_epochs", "logging_steps", "save_total_limit", "max_train_samples")
-    at_least_0 = (
-        "learning_rate", "weight_decay", "max_grad_norm", "max_eval_samples", "eval_steps", "save_steps",
-        "warmup_steps", "max_new_tokens", "seed", "sft_weight",
-    )  # fmt: skip
-    smoothing, least, resume = flags.label_smoothing, 2 * flags.max_length, flags.resume_from_checkpoint
-    trackers = ["none", *map(str, accelerate.tracking.get_available_trackers())]
-    rules = [
-        *((name, getattr(flags, name) is None or getattr(flags, name) > 0, "must be above 0") for name in above_0),
-        *((name, getattr(flags, name) >= 0, "must be 0 or above") for name in at_least_0),
-        ("label_smoothing", 0 <= smoothing < 0.5, "must be from 0 to below 0.5"),
-        ("label_smoothing", not smoothing or flags.loss_type in ("sigmoid", "robust"), "for sigmoid and robust only"),
-        ("warmup_ratio", 0 <= flags.warmup_ratio < 1, "must be from 0 to below 1"),
-        ("warmup_steps", flags.max_steps < 0 or flags.warmup_steps < flags.max_steps, "must be below --max_steps"),
-        ("max_steps", flags.max_steps == -1 or flags.max_steps > 0, "must be above 0, or -1 for all"),
-        ("max_length", flags.max_length >= 16, "must be at least 16"),
-        ("micro_batch_tokens", flags.micro_batch_tokens is None or flags.micro_batch_tokens >= least,
-         f"must be at least {least}, twice --max_length: a pair's two responses stay together"),
-        ("eval_only", not flags.eval_only or flags.ref_model_name_or_path and flags.max_eval_samples,
-         "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0"),
-        ("resume_from_checkpoint", resume != "latest" or flags.output_dir, "needs --output_dir"),
-        ("report_to", flags.report_to in trackers, f"not installed (there is: {', '.join(trackers)}): pip install it"),
-    ]  # fmt: skip
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"--{name} {getattr(flags, name)}: {rule}")
+    for name, hint in get_type_hints(Flags, include_extras=True).items():
+        for holds, rule in getattr(hint, "__metadata__", ()):
+            if getattr(flags, name) is not None and not holds(getattr(flags, name)):
+                raise UserError(f"--{name} {getattr(flags, name)}: {rule}")
+    refuse_what_does_not_fit_together(flags)
     return flags
 
 
-def public(flags: Flags) -> dict[str, Any]:
-    """All flags; of local paths only the last part, since folders of a machine are nobody's business."""
+def refuse_what_does_not_fit_together(flags: Flags) -> None:
+    smoothed, least = ("sigmoid", "robust"), 2 * flags.max_length
+    trackers = ["none", *map(str, accelerate.tracking.get_available_trackers())]
+    rules = [
+        ("label_smoothing", flags.label_smoothing and flags.loss_type not in smoothed, "for sigmoid and robust only"),
+        ("max_steps", flags.max_steps == 0, "must be above 0, or -1 for all"),
+        ("warmup_steps", 0 < flags.max_steps <= flags.warmup_steps, "must be below --max_steps"),
+        ("micro_batch_tokens", flags.micro_batch_tokens and flags.micro_batch_tokens < least,
+         f"must be at least {least}, twice --max_length: a pair's two responses stay together"),
+        ("eval_only", flags.eval_only and not (flags.ref_model_name_or_path and flags.max_eval_samples),
+         "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0"),
+        ("precompute_ref_log_probs", flags.precompute_ref_log_probs and flags.eval_only, "--eval_only needs no table"),
+        ("resume_from_checkpoint", flags.resume_from_checkpoint == "latest" and not flags.output_dir,
+         "needs --output_dir"),
+        ("report_to", flags.report_to not in trackers, f"not installed (there is: {', '.join(trackers)}): pip install it"),
+    ]  # fmt: skip
+    for name, is_wrong, rule in rules:
+        if is_wrong:
+            raise UserError(f"--{name} {getattr(flags, name)}: {rule}")
+
+
+def without_folders(flags: Flags) -> dict[str, Any]:
+    """All flags, for logs that may be shown to others: of local paths only the last part."""
     shown = asdict(flags)
     return shown | {name: Path(shown[name]).name for name in PATHS if shown[name] and Path(shown[name]).exists()}
 
@@ -177,37 +230,20 @@ def public(flags: Flags) -> dict[str, Any]:
 # Models
 
 
-def search_cache_only_if_hub_is_away(names: Sequence[str | None]) -> str | None:
-    """If the hub is needed and does not answer, the libraries search their cache only, at once and not after minutes;
-    returns what to say about it."""
-    seconds, hub = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT, huggingface_hub.constants.ENDPOINT
-    if any(name and not Path(name).exists() for name in names):
-        try:
-            huggingface_hub.get_session().head(hub, timeout=seconds)
-        except Exception as error:  # of whichever HTTP library the hub's client uses
-            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-            why = f"{type(error).__name__}; HF_HUB_ETAG_TIMEOUT is {seconds} seconds"
-            return f"no answer from {hub} ({why}): only the cache of earlier downloads is searched"
-    return None
-
-
 def load(kind: type, flag_name: str, name: str, **options) -> Any:
     """`kind.from_pretrained(name)`; if that fails, one line that says what to do."""
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{flag_name} {name}: there is no such folder")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # dozens of types, from the hub, from config files, from weights
-        reason = first_line(error)
         remedy = "expected config.json, the tokenizer's files, and whole .safetensors files (after `git lfs pull`)"
         if not Path(name).exists():
-            remedy = "set HF_ENDPOINT to a mirror of the hub, or give a local folder (git clone), or try `--demo`"
-            if huggingface_hub.constants.HF_HUB_OFFLINE:
-                reason = f"{huggingface_hub.constants.ENDPOINT} can't be reached, and it is not in the cache"
-        raise UserError(f"{flag_name} {name} can't be loaded ({reason}): {remedy}") from None
-
-
-def choose_attention(flags: Flags) -> str:
-    automatic = "sdpa" if torch.cuda.is_available() else "tree"
-    return automatic if flags.attn_implementation == "auto" else flags.attn_implementation
+            remedy = (
+                "set HF_ENDPOINT to a mirror of the hub, or give a local folder (git clone), or try `--demo`; without a "
+                "network, HF_HUB_OFFLINE=1 takes what was downloaded before, at once"
+            )
+        raise UserError(f"{flag_name} {name} can't be loaded ({first_line(error)}): {remedy}") from None
 
 
 def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path") -> PreTrainedModel:
@@ -215,28 +251,32 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
 
     Raises UserError if it can't be loaded, or if some weights are missing, which would then be random.
     """
+    if Path(name).exists() and find_adapter_config_file(name):
+        raise UserError(f"{flag_name} {name} is a LoRA adapter: merge it into its model first (peft's merge_and_unload)")
     model, report = load(
-        AutoModelForCausalLM, flag_name, name, dtype=torch.float32, attn_implementation=choose_attention(flags),
+        AutoModelForCausalLM, flag_name, name, dtype=torch.float32, attn_implementation="tree",
         use_safetensors=True, output_loading_info=True,  # safetensors: a pickle could run code
     )  # fmt: skip
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: {len(missing)} of its weights are missing in its files: {missing[0]} ...")
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(f"{flag_name} {name} is quantized: take the model as it was before, in bf16 or float32")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if flags.gradient_checkpointing:  # acts in training mode only; older transformers know only the second name
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     return model.eval()
 
 
-def freeze(model: PreTrainedModel, mixed_precision: str) -> None:
+def freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make it the reference. What autocast would cast anew for each micro-batch is cast once, to the same values."""
     model.requires_grad_(False)
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.Linear) and mixed_precision == "bf16":
-            module.to(torch.bfloat16)
+    for module in model.get_decoder().modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -248,107 +288,184 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_models(tokenizer, steps: StepBatches, accelerator: Accelerator, flags: Flags):
-    """Policy, reference, and the hashes of their weights. With --precompute_ref_log_probs, a reference that is the
-    policy's start is the policy itself, which does not move before the table is filled: no second model in memory."""
-    policy = reference = load_model(flags.model_name_or_path, flags).to(accelerator.device)
-    if flags.ref_model_name_or_path not in (None, flags.model_name_or_path):
-        reference = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(accelerator.device)
-        check_model(reference, tokenizer, steps, accelerator, flags)
-    elif not flags.precompute_ref_log_probs or flags.eval_only:
-        reference = copy.deepcopy(policy)
-    check_model(policy, tokenizer, steps, accelerator, flags)
-    hashes = {"policy's start (hash)": weights_hash(policy), "reference (hash)": weights_hash(reference)}
-    if reference is not policy:
-        freeze(reference, flags.mixed_precision)
-    transformers.logging.disable_progress_bar()  # from here on its bars, of saving, would tear ours
-    return policy, reference, hashes
+def refuse_other_vocabulary(reference: PreTrainedModel, tokenizer, name: str) -> None:
+    """Raises UserError if the reference's tokenizer gives other ids to the same text."""
+    other = load(AutoTokenizer, "--ref_model_name_or_path", name).get_vocab()
+    differ = [token for token, number in tokenizer.get_vocab().items() if other.get(token, number) != number]
+    if differ or reference.get_output_embeddings().weight.shape[0] < len(tokenizer):
+        text = f"{len(differ)} tokens have other ids there, such as {differ[0]!r}" if differ else "its vocabulary is smaller"
+        raise UserError(f"--ref_model_name_or_path {name} has another vocabulary than the policy: {text}")
 
 
-def check_model(model: PreTrainedModel, tokenizer, steps: StepBatches, accelerator: Accelerator, flags: Flags) -> None:
-    """Is this a model whose log-probabilities over a tree are its own, in float32 and in the run's precision?
+class Compute(NamedTuple):
+    """Where and how models are computed: the same code for every device, but for `attend`."""
 
-    It is not if its attention ignores the mask or looks back less far than --max_length, or if its logits are more than
-    hidden states times LM head. Raises UserError then, or if its vocabulary is too small.
-    """
-    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
-        raise UserError(f"{model.name_or_path}: its vocabulary is smaller than that of the policy's tokenizer")
-    window = getattr(model.config, "sliding_window", None) or flags.max_length
-    layers = getattr(model.config, "layer_types", ["sliding_attention"])
-    if window < flags.max_length and "sliding_attention" in layers:
-        raise UserError(f"--max_length {flags.max_length}: {model.name_or_path} looks back {window} tokens only")
-    reason = None
+    device: torch.device
+    dtype: torch.dtype  # of matrix products and attention
+    attend: Callable  # `attend_at_once` or `attend_by_segment` of loss.py
+
+    def load(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], TreePlan]:
+        """A micro-batch on the device, as `ResponseScorer` takes it."""
+        tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        return tensors, plan_attention(batch.segments, self.device, self.dtype, self.attend)
+
+
+def probe_pair(pairs: Pairs, length: int) -> dict:
+    """A pair of `length` tokens, by which `check_model` tells whether the tree is right."""
+    (pair,) = pairs.read([0])
+    chosen, rejected = pair["chosen_ids"][: length // 4], pair["rejected_ids"][-(length // 4) :]
+    prompt = np.resize(pair["prompt_ids"], length - max(len(chosen), len(rejected)))
+    return {"index": 0, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def logps_by_rows(pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
+    """[2] by the model's own logits, one row at a time."""
+    logps = []
+    for name in ("chosen_ids", "rejected_ids"):
+        n = len(pair[name])
+        row = torch.from_numpy(np.r_[pair["prompt_ids"], pair[name]].astype(np.int64))[None].to(compute.device)
+        with autocast(compute.device, compute.dtype):
+            logits = model(input_ids=row, use_cache=False, logits_to_keep=n + 1).logits[0, :-1].float()
+        logps.append(logits.log_softmax(-1).gather(1, row[0, -n:, None]).sum())
+    return torch.stack(logps)
+
+
+def logps_by_tree(pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
+    """[2] the same as in training."""
+    (batch,) = TreeCollator(micro_batch_tokens=10**9)([pair])
+    tensors, plan = compute.load(batch)
+    return of_pairs(ResponseScorer(model, compute.dtype)(tensors, plan), tensors)[0]
+
+
+def measure(logps: Callable, model: PreTrainedModel, long: dict, short: dict, compute: Compute) -> list[torch.Tensor]:
+    """[2] log-probabilities of the long pair; the gradients of the short pair's for the model's first, middle and last
+    weight: the embedding, a projection, a norm."""
+    weights = list(model.parameters())
+    weights = [weights[0], weights[len(weights) // 2], weights[-1]]
+    gradients = torch.autograd.grad(logps(short, model, compute).sum(), weights, materialize_grads=True)
+    with torch.no_grad():
+        return [logps(long, model, compute).double(), *gradients]
+
+
+def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest of |a - b| / |b|."""
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(values, expected, strict=True))
+
+
+def tree_differs(model, long: dict, short: dict, compute: Compute, own: list, rounding: float) -> str | None:
+    """What is wrong with the model over a tree, in words; `rounding` is the relative error of its own rows."""
     try:
-        own, exactly, roughly = logps_both_ways(model, steps, accelerator, flags.max_length)
-        for logps, rtol, atol in ((exactly, 2e-5, 1e-2), (roughly, 2e-2, 0.5)):
-            if not torch.allclose(logps, own, rtol, atol):
-                texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, own)]
-                reason = f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
-    except (ValueError, TypeError, NotImplementedError) as error:  # of its forward pass
+        logps, *gradients = measure(logps_by_tree, model, long, short, compute)
+    except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
+        return first_line(error)
+    rtol, atol, most = (2e-5, 1e-2, 1e-3) if compute.dtype == torch.float32 else (2e-2, 0.5, 0.02 + 3 * rounding)
+    if not torch.allclose(logps, own[0], rtol, atol):
+        texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, own[0])]
+        return f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
+    if not (error := relative_error(gradients, own[1:])) <= most:
+        return f"gradients over shared prompts are {error:.1%} off its own"
+    return None
+
+
+def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int) -> tuple[Compute, str | None]:
+    """Are the log-probabilities and the gradients that this model has over a token tree its own?
+
+    They are compared with those of its plain rows by its own logits and its "eager" attention, which share no code with
+    ours, in float32 and in the run's precision. They differ if its attention is of another kind, or if its logits are
+    more than hidden states times LM head.
+
+    Returns how to compute, and what to say if that is not as asked for: where the kernel for GPUs is wrong, segments
+    are taken. Raises UserError for a model that can't be trained here.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    if positions < max_length:
+        raise UserError(f"--max_length {max_length}: {model.name_or_path} has only {positions} positions")
+    given = model, probe_pair(pairs, max_length), probe_pair(pairs, min(max_length, 128))
+    exact, warning = Compute(compute.device, torch.float32, attend_by_segment), None
+    try:
+        model.set_attn_implementation("eager")
+        own = measure(logps_by_rows, *given, exact)
+        rounding = relative_error(measure(logps_by_rows, *given, compute)[1:], own[1:])
+        model.set_attn_implementation("tree")
+        reason = tree_differs(*given, exact, own, rounding)
+    except Exception as error:  # of a model that can't be run row by row either
         reason = first_line(error)
+    if not reason and compute != exact:
+        reason = tree_differs(*given, compute, own, rounding)
+        if reason and compute.attend is attend_at_once:
+            warning = f"FlashAttention can't be used ({reason}): attention goes segment by segment, which is slower"
+            compute = compute._replace(attend=attend_by_segment)
+            reason = tree_differs(*given, compute, own, rounding)
     if reason:
-        text = "its attention or its LM head is of another kind"
-        raise UserError(f"{type(model).__name__} can't be trained here: {reason}; {text}")
+        raise UserError(
+            f"{type(model).__name__} can't be trained here: {reason}. What works are decoders with plain attention, such "
+            "as Qwen2, Qwen3, Llama or Mistral, dense or as mixture of experts"
+        )
+    return compute, warning
 
 
-@torch.no_grad()
-def logps_both_ways(model: PreTrainedModel, steps: StepBatches, accelerator: Accelerator, max_length: int):
-    """[2] log-probabilities of two responses to a prompt that fills up `max_length`: by the model's own logits, over a
-    tree, and over a tree under autocast."""
-    (pair,) = steps.pairs.read([0])
-    responses = [np.asarray(pair[name])[-64:] for name in ("chosen_ids", "rejected_ids")]
-    prompt = np.resize(pair["prompt_ids"], max_length - max(map(len, responses)))
-    pair = {"index": 0, "prompt_ids": prompt, "chosen_ids": responses[0], "rejected_ids": responses[1]}
-    batch, own = to_device(steps.collate([pair])[0], accelerator.device), []
-    for ids in responses:
-        row = torch.from_numpy(np.concatenate([prompt, ids]).astype(np.int64))[None].to(accelerator.device)
-        logits = model(input_ids=row, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
-        own.append(logits.log_softmax(-1).gather(1, row[0, -len(ids) :, None]).sum().item())
-    exactly = gather_pairs(ResponseScorer(model)(batch), batch)[0].cpu()
-    with accelerator.autocast():
-        roughly = gather_pairs(ResponseScorer(model)(batch), batch)[0].cpu()
-    return torch.tensor(own, dtype=torch.float64), exactly, roughly
+def usual_tokens(compute: Compute, flags: Flags) -> int:
+    """Of a micro-batch: more make nothing faster."""
+    return flags.micro_batch_tokens or max(2 * flags.max_length, 16_384 if compute.device.type == "cuda" else 2048)
 
 
-# Of Qwen2.5-0.5B, without and with checkpointing: a little over what `tests/benchmark.py --memory` counts.
-BYTES_PER_TOKEN = {False: 2.0e6, True: 0.4e6}
+def find_micro_batch_tokens(
+    policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute, accelerator: Accelerator, flags: Flags
+) -> int:
+    """The tokens of a micro-batch that fits into memory, the same in all processes.
 
-
-def rehearse(policy: PreTrainedModel, reference: PreTrainedModel, collate: TreeCollator, accelerator, flags) -> None:
-    """Forward and backward of the largest micro-batch there can be, with gradients in place, room taken for AdamW, and
-    the reference's forward pass between: if memory runs out, then now and not after an hour.
-
-    Raises UserError with the number of tokens that should fit.
+    The usual ones are tried, then fewer, down to a pair's; --micro_batch_tokens, if given, is only tried. If memory runs
+    out, then at the start. Raises UserError, with what would help, if it does.
     """
-    n_tokens, weights, device = collate.micro_batch_tokens, list(policy.parameters()), accelerator.device
-    n_weights, resident = sum(weight.numel() for weight in weights), torch.cuda.memory_allocated()
-    n = flags.max_length - 1
-    sides = [np.full(n, number) for number in range((n_tokens - 1) // n)]  # each is in two pairs, but encoded once
-    pairs = [{"index": i, "prompt_ids": [0], "chosen_ids": sides[i], "rejected_ids": sides[i + 1]}
-             for i in range(len(sides) - 1)]  # fmt: skip
+    least = flags.micro_batch_tokens or 2 * flags.max_length
+    search = find_executable_batch_size(rehearse, starting_batch_size=usual_tokens(compute, flags))
+    found = search(least, policy, reference, compute, flags.max_length, accelerator.num_processes)
+    found = int(accelerator.gather(torch.tensor([found], device=compute.device)).min())
+    if not found:
+        remedies = {
+            "a smaller --micro_batch_tokens": least > 2 * flags.max_length,
+            "--gradient_checkpointing true": not flags.gradient_checkpointing,
+            "--precompute_ref_log_probs true": reference is not None,
+            "a smaller --max_length": True,
+            "a larger GPU": True,
+        }
+        raise UserError(
+            f"the memory is too small to train with {least:,} tokens in a micro-batch: try "
+            + " or ".join(text for text, holds in remedies.items() if holds)
+        )
+    return found
+
+
+def rehearse(
+    n_tokens: int, least: int, policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute,
+    max_length: int, n_processes: int,
+) -> int:  # fmt: skip
+    """Forward and backward of a full micro-batch, with gradients in place and room taken for AdamW and DDP's buckets.
+
+    Returns n_tokens, or 0 if that is below `least`. Raises what running out of memory raises.
+    """
+    if n_tokens < least:
+        return 0
+    weights = list(policy.parameters())
+    n_pairs = -(-n_tokens // (2 * max_length))
+    length = n_tokens // (2 * n_pairs) - 1
+    responses = [np.r_[i // 64, np.full(length - 1, i % 64)] for i in range(2 * n_pairs)]  # all different
+    pairs = [{"index": i, "prompt_ids": [0], "chosen_ids": responses[2 * i], "rejected_ids": responses[2 * i + 1]}
+             for i in range(n_pairs)]  # fmt: skip
     try:
-        room_for_adam = torch.empty(2 * n_weights, device=device)
+        n_more = 2 if n_processes == 1 else 3  # numbers a weight: AdamW's two moments, DDP's copy of the gradients
+        room = torch.empty(n_more * sum(weight.numel() for weight in weights), device=compute.device)
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        batch = to_device(collate(pairs)[0], device)
-        with accelerator.autocast():
-            logps = ResponseScorer(policy.train())(batch)
+        (batch,) = TreeCollator(n_tokens)(pairs)
+        tensors, plan = compute.load(batch)
+        logps = ResponseScorer(policy.train(), compute.dtype)(tensors, plan)
+        if reference is not None:
             with torch.no_grad():
-                ResponseScorer(reference)(batch)
-            (logps.sum() * 0.0).backward()
-        del room_for_adam
-    except torch.OutOfMemoryError:
-        free, total = torch.cuda.mem_get_info()  # what others have taken is not ours, nor what lies beyond our share
-        limit = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
-        per_token = BYTES_PER_TOKEN[flags.gradient_checkpointing] * n_weights / 494e6
-        room = limit - resident - 14 * n_weights  # gradients, AdamW, and the weights cast to bf16
-        fits = min(int(0.8 * n_tokens), int(room / per_token)) // 256 * 256
-        advice = [f"--micro_batch_tokens {fits}"] * (fits >= 2 * flags.max_length)
-        advice += ["--gradient_checkpointing"] * (not flags.gradient_checkpointing)
-        raise UserError(
-            f"the GPU's memory is too small for --micro_batch_tokens {n_tokens}: try "
-            + " or ".join([*advice, "a smaller --max_length", "a larger GPU"])
-        ) from None
+                ResponseScorer(reference, compute.dtype)(tensors, plan)
+        (logps.sum() * 0.0).backward()
+        del room
+        return n_tokens
     finally:
         policy.eval()
         for weight in weights:
@@ -358,285 +475,288 @@ def rehearse(policy: PreTrainedModel, reference: PreTrainedModel, collate: TreeC
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities and metrics of pairs
 
-METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected", "logps/accuracies", "nll_loss", "lengths/chosen", "lengths/rejected",
-)  # fmt: skip
+
+class PairValues(NamedTuple):
+    """Of P pairs, [P] each: log-probabilities and rewards in nats, lengths in tokens, end-of-turn included."""
+
+    loss: torch.Tensor
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    ref_chosen_logps: torch.Tensor
+    ref_rejected_logps: torch.Tensor
+    chosen_reward: torch.Tensor
+    rejected_reward: torch.Tensor
+    chosen_length: torch.Tensor
+    rejected_length: torch.Tensor
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+def is_higher(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen response has the higher value, 0 where the rejected one has it, 1/2 where they are equal."""
+    return 0.5 + 0.5 * torch.sign(chosen - rejected)
 
 
-def micro_batches(pairs: Pairs, indices: Sequence[int], collate: TreeCollator, accelerator: Accelerator, name: str):
-    """This process's micro-batches of these pairs, on its device; all processes get equally many."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    starts = range(0, len(indices), 256)
-    for start in tqdm(starts, name, leave=False, disable=rank > 0 or not sys.stderr.isatty()):
-        for batch in collate(pairs.read(indices[start : start + 256]), world)[rank::world]:
-            yield to_device(batch, accelerator.device)
+# What is logged, by name: the mean over pairs of a function of PairValues. To add a metric, add a line: it is in the
+# log, and with its standard error in evaluations and in the report. Names are TRL's where it has them.
+METRICS: dict[str, Callable[[PairValues], torch.Tensor]] = {
+    "loss": lambda of: of.loss,
+    "rewards/chosen": lambda of: of.chosen_reward,
+    "rewards/rejected": lambda of: of.rejected_reward,
+    "rewards/margins": lambda of: of.chosen_reward - of.rejected_reward,
+    "rewards/accuracies": lambda of: is_higher(of.chosen_reward, of.rejected_reward),
+    "logps/chosen": lambda of: of.chosen_logps,
+    "logps/rejected": lambda of: of.rejected_logps,
+    "logps/accuracies": lambda of: is_higher(of.chosen_logps, of.rejected_logps),
+    "nll_loss": lambda of: -of.chosen_logps / of.chosen_length,
+    "lengths/chosen": lambda of: of.chosen_length,
+    "lengths/rejected": lambda of: of.rejected_length,
+    "lengths/accuracies": lambda of: is_higher(of.chosen_length, of.rejected_length),  # of "the longer one is better"
+}
 
 
-def gather_pairs(values: torch.Tensor, batch: dict) -> torch.Tensor:
+def of_pairs(values: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """[M] of responses to [P, 2] of pairs, chosen first."""
-    return torch.stack([values[batch["chosen_index"]], values[batch["rejected_index"]]], dim=1)
+    return torch.stack([values[tensors["chosen_index"]], values[tensors["rejected_index"]]], dim=1)
 
 
-def pair_metrics(policy_logps: torch.Tensor, ref_logps: torch.Tensor, batch: dict, flags: Flags):
-    """Losses [P], and METRICS [P, K] without gradient, from log-probabilities [P, 2] in nats, chosen first."""
-    lengths = gather_pairs(batch["response_lengths"], batch)  # [P, 2] in tokens
+def pair_values(policy_logps: torch.Tensor, ref_logps: torch.Tensor, tensors: dict, flags: Flags) -> PairValues:
+    """From log-probabilities [P, 2] in nats, chosen first. Only `loss` carries a gradient."""
+    lengths = of_pairs(tensors["response_lengths"], tensors)  # [P, 2]
     losses, *rewards = dpo_loss(
         *policy_logps.unbind(1), *ref_logps.unbind(1), *lengths.unbind(1),
         flags.beta, flags.label_smoothing, flags.loss_type, flags.sft_weight,
     )  # fmt: skip
-    logps = policy_logps.detach().unbind(1)
-    by_reward, by_logp = (0.5 + 0.5 * torch.sign(chosen - rejected) for chosen, rejected in (rewards, logps))
-    nll = -logps[0] / lengths[:, 0]
-    columns = [losses.detach(), *rewards, rewards[0] - rewards[1], by_reward, *logps, by_logp, nll, *lengths.unbind(1)]
-    return losses, torch.stack(columns, dim=1)
+    return PairValues(losses, *policy_logps.detach().unbind(1), *ref_logps.unbind(1), *rewards, *lengths.unbind(1))
 
 
-class ReferenceLogps:
-    """The reference's log-probabilities, [n, 2] over all pairs of a set, each computed once in a run."""
+def metrics_of(values: PairValues) -> torch.Tensor:
+    """[P, K] the K METRICS of each pair, float64, without gradient."""
+    return torch.stack([metric(values).detach().double() for metric in METRICS.values()], dim=1)
 
-    def __init__(self, pairs: Pairs, collate: TreeCollator, model: PreTrainedModel, accelerator: Accelerator):
-        self.pairs, self.collate, self.scorer, self.accelerator = pairs, collate, ResponseScorer(model), accelerator
-        self.logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
-        self.known = np.zeros(len(pairs), dtype=bool)
+
+def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, accelerator: Accelerator, title: str):
+    """This process's micro-batches of all pairs, on its device; all processes get equally many.
+
+    A prompt's pairs come together, in chunks of 256.
+    """
+    rank, n_processes = accelerator.process_index, accelerator.num_processes
+    order = np.argsort(pairs.keys, kind="stable")
+    starts = range(0, len(pairs), 256)
+    for start in tqdm(starts, title, leave=False, disable=rank > 0 or not sys.stderr.isatty()):
+        for batch in collate(pairs.read(order[start : start + 256]), n_processes)[rank::n_processes]:
+            yield compute.load(batch)
+
+
+class ReferenceModel:
+    """log pi_ref(y|x) by the frozen model, beside the policy."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
+        self.scorer = ResponseScorer(model, dtype)
 
     @torch.no_grad()
-    def __call__(self, batch: dict) -> torch.Tensor:
-        """[P, 2] for the pairs of a micro-batch, from the table or, the first time, from the model."""
-        if self.known[batch["index_on_host"]].all():
-            return self.logps[batch["pair_index"]]
-        with self.accelerator.autocast():
-            logps = gather_pairs(self.scorer(batch), batch)
-        if batch["weight"]:
-            self.logps[batch["pair_index"]] = logps
-            self.known[batch["index_on_host"]] = True
-        return logps
-
-    def fill(self, stop: "StopSignals") -> None:
-        """Compute all that isn't known yet, the work divided between the processes; less if asked to stop."""
-        missing = np.flatnonzero(~self.known)
-        missing = missing[np.argsort(self.pairs.keys[missing], kind="stable")]  # a prompt's pairs together
-        for batch in micro_batches(self.pairs, missing, self.collate, self.accelerator, "Reference"):
-            self(batch)
-            if stop.requested():
-                break
-        self.share()
-        self.scorer = None
-
-    def share(self) -> None:
-        """Give every process what each of them has computed."""
-        if self.accelerator.num_processes > 1:
-            known = torch.from_numpy(self.known).to(self.logps)
-            count = self.accelerator.reduce(known, "sum")
-            self.logps = self.accelerator.reduce(self.logps * known[:, None], "sum") / count.clamp(min=1)[:, None]
-            self.known = (count > 0).cpu().numpy()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        self.share()
-        return {"logps": self.logps.cpu(), "known": torch.from_numpy(self.known)}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.logps.copy_(state["logps"])
-        self.known = state["known"].numpy().copy()
+    def __call__(self, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
+        """[P, 2] in nats, chosen first."""
+        return of_pairs(self.scorer(tensors, plan), tensors)
 
 
-def summarize(table: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
-    """Means of METRICS [n, K]; accuracy where the chosen response is the longer or the shorter one, with the number of
-    these pairs; standard errors of the accuracies, over prompts, since a prompt's pairs are not independent."""
-    column = dict(zip(METRICS, table.T, strict=True))
-    found = {name: float(values.mean()) for name, values in column.items()}
-    prompts, prompt = np.unique(keys, return_inverse=True)
-    found |= {"pairs": len(keys), "prompts": len(prompts)}
-    longer = np.sign(column["lengths/chosen"] - column["lengths/rejected"])
-    for name, sign in (("chosen_longer", 1), ("chosen_shorter", -1)):
-        right = column["rewards/accuracies"][longer == sign]
-        found[f"pairs/{name}"] = len(right)
-        found[f"rewards/accuracies_{name}"] = float(right.mean()) if len(right) else None
-    for name in ("rewards/accuracies", "logps/accuracies"):
-        by_prompt = np.bincount(prompt, column[name] - found[name])
-        found[f"{name}_se"] = float(np.sqrt((by_prompt**2).sum()) / len(keys))
-    return found
+class ReferenceTable:
+    """The same from a table of all pairs, [n, 2]."""
+
+    def __init__(self, logps: torch.Tensor):
+        self.logps = logps
+
+    def __call__(self, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
+        return self.logps[tensors["pair_index"]]
 
 
-@torch.no_grad()
-def evaluate_policy(scorer, ref_logps: ReferenceLogps, tokenizer, flags: Flags, with_answers: bool = False) -> dict:
-    """Held-out figures of a policy as it is now, together and by domain, and its answers if asked for.
-
-    They are the same for any number of processes and any cut into micro-batches.
-    """
-    pairs, accelerator = ref_logps.pairs, ref_logps.accelerator
-    if not len(pairs):
-        return {}
-    scorer.eval()
-    table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=accelerator.device)
-    for batch in micro_batches(pairs, range(len(pairs)), ref_logps.collate, accelerator, "Evaluating"):
-        with accelerator.autocast():
-            policy_logps = gather_pairs(scorer(batch), batch)
-        _, metrics = pair_metrics(policy_logps, ref_logps(batch), batch, flags)
-        if batch["weight"]:
-            table[batch["pair_index"]] = metrics
-    table = accelerator.reduce(table, "sum").cpu().numpy()
-    found = {"metrics": summarize(table, pairs.keys), "domains": {}}
-    for name in sorted(set(pairs.domains)):
-        here = pairs.domains == name
-        found["domains"][name] = summarize(table[here], pairs.keys[here])
-    if with_answers and accelerator.is_main_process and flags.max_new_tokens:
-        with accelerator.autocast():
-            found["answers"] = answer(accelerator.unwrap_model(scorer).model, tokenizer, pairs, flags.max_new_tokens)
-    scorer.train()
-    return found
+def reference_tables(
+    path: Path, belongs_to: dict, all_pairs: Sequence[Pairs], reference: ReferenceModel, n_tokens: int,
+    compute: Compute, accelerator: Accelerator,
+) -> list[ReferenceTable]:  # fmt: skip
+    """A table for each of these sets, from the file if it belongs to this run, else computed once and written there."""
+    with contextlib.suppress(Exception):  # no file, or what is no whole file: computed
+        saved = torch.load(path, map_location=compute.device, weights_only=True)
+        if saved["belongs_to"] == belongs_to:
+            return [ReferenceTable(logps) for logps in saved["logps"]]
+    tables = []
+    for pairs in all_pairs:
+        logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=compute.device)
+        for tensors, plan in micro_batches(pairs, TreeCollator(n_tokens), compute, accelerator, "Reference"):
+            logps[tensors["pair_index"]] = reference(tensors, plan)
+        tables.append(accelerator.reduce(logps, "sum"))
+    if accelerator.is_main_process:
+        with written(path), complete_or_absent(path) as aside:
+            torch.save({"belongs_to": belongs_to, "logps": [logps.cpu() for logps in tables]}, aside)
+    return [ReferenceTable(logps) for logps in tables]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One step, and what is said about it
+# Evaluation
+
+
+def summarize(table: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
+    """Of the METRICS [n, K] of pairs, whose prompts have these keys [n]: means and their standard errors, the latter
+    over prompts, since a prompt's pairs are not independent."""
+    prompts, prompt = np.unique(keys, return_inverse=True)
+    summary = {"pairs": len(keys), "prompts": len(prompts)}
+    for name, values in zip(METRICS, table.T, strict=True):
+        mean = float(values.mean())
+        of_prompt = np.bincount(prompt, values - mean)
+        summary |= {name: mean, f"{name}_se": float(np.sqrt((of_prompt**2).sum()) / len(keys))}
+    return summary
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: ResponseScorer, reference: Callable, data: PreparedData, collate: TreeCollator, compute: Compute,
+    accelerator: Accelerator, tokenizer, flags: Flags, with_answers: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Held-out metrics of the policy as it is now: of all pairs, by domain, and by which response is the longer one.
+
+    The same for any number of processes and any cut into micro-batches.
+    """
+    pairs = data.held_out
+    scorer.eval()
+    table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=compute.device)
+    for tensors, plan in micro_batches(pairs, collate, compute, accelerator, "Evaluating"):
+        values = pair_values(of_pairs(scorer(tensors, plan), tensors), reference(tensors, plan), tensors, flags)
+        table[tensors["pair_index"]] = metrics_of(values)
+    table = accelerator.reduce(table, "sum").cpu().numpy()
+    longer_one = table[:, list(METRICS).index("lengths/accuracies")]
+    parts = {
+        "domains": {str(name): pairs.domains == name for name in sorted(set(pairs.domains)) if name},
+        "lengths": {"chosen longer": longer_one == 1, "chosen shorter": longer_one == 0},
+    }
+    record = {f"eval_{name}": value for name, value in summarize(table, pairs.keys).items()}
+    for part, names in parts.items():
+        record[part] = {name: summarize(table[rows], pairs.keys[rows]) for name, rows in names.items() if rows.any()}
+    if with_answers and flags.max_new_tokens and accelerator.is_main_process:
+        record["answers"] = answers(scorer.model, tokenizer, pairs, data.end_id, compute, flags.max_new_tokens)
+    scorer.train()
+    return record
+
+
+def answers(model: PreTrainedModel, tokenizer, pairs: Pairs, end_id: int, compute: Compute, max_new_tokens: int) -> list:
+    """What the model answers to six prompts, from as many domains as there are: greedy, one at a time.
+
+    `repetition` is the share of the answer's 4-grams of tokens that stood in it before; `stopped`, whether it ended its
+    turn by itself.
+    """
+    _, first = np.unique(pairs.keys, return_index=True)  # one pair of each prompt
+    seen: Counter[str] = Counter()
+    turns = []
+    for i in sorted(first.tolist()):
+        turns.append((seen[pairs.domains[i]], i))
+        seen[pairs.domains[i]] += 1
+    # The model's own generation config may ask for penalties or for sampling; a copy of the model, not of its weights,
+    # has another one.
+    speaker, records = copy.copy(model), []
+    speaker.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=end_id, pad_token_id=end_id, max_new_tokens=max_new_tokens
+    )
+    for pair in pairs.read(sorted(i for _, i in sorted(turns)[:6])):
+        prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=compute.device)[None]
+        with autocast(compute.device, compute.dtype):
+            output = speaker.generate(prompt, attention_mask=torch.ones_like(prompt))
+        ids = output[0, prompt.shape[1] :].tolist()
+        grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        records.append(
+            {
+                "domain": str(pairs.domains[pair["index"]]),
+                "prompt": tokenizer.decode(prompt[0], skip_special_tokens=True).strip(),
+                "answer": tokenizer.decode(ids, skip_special_tokens=True),
+                "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
+                "n_tokens": len(ids),
+                "stopped": end_id in ids,
+                "repetition": (len(grams) - len(set(grams))) / max(1, len(grams)),
+            }
+        )
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step, and what there is to say about it
 
 
 def forward_backward(
-    batches: list[dict], n_pairs: int, scorer: torch.nn.Module, ref_logps: ReferenceLogps, meter: "Meter", flags: Flags
-) -> None:
+    batches: Sequence[tuple[dict, TreePlan]], n_pairs: int, scorer: torch.nn.Module, reference: Callable,
+    accelerator: Accelerator, flags: Flags,
+) -> tuple[torch.Tensor, list[tuple]]:  # fmt: skip
     """The gradients of one step's loss: the mean over exactly the step's `n_pairs` pairs, however they are cut.
 
     `batches` are this process's micro-batches of the step; `n_pairs` counts the pairs of all processes.
+
+    Returns [K + 2] sums of the METRICS, of the pairs and of the tokens of this process, and the losses of the pairs.
     """
-    accelerator = ref_logps.accelerator
-    with accelerator.autocast():  # around all micro-batches: weights are cast to bf16 once a step
-        for batch in batches:
-            is_last = batch is batches[-1]
-            batch = to_device(batch, accelerator.device)
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(scorer):
-                policy_logps = gather_pairs(scorer(batch), batch)  # [P, 2]
-                losses, metrics = pair_metrics(policy_logps, ref_logps(batch), batch, flags)  # [P], [P, K]
-                # DDP averages the gradients over the processes; the loss is a mean over the pairs of all of them.
-                accelerator.backward(losses.sum() * batch["weight"] * accelerator.num_processes / n_pairs)
-            if batch["weight"]:
-                meter.add(metrics, batch)
+    sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=accelerator.device)
+    losses = []
+    for tensors, plan in batches:
+        is_last = tensors is batches[-1][0]
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(scorer):
+            policy_logps = of_pairs(scorer(tensors, plan), tensors)  # [P, 2]
+            values = pair_values(policy_logps, reference(tensors, plan), tensors, flags)  # [P] each
+            # DDP averages the gradients over the processes; the loss is a mean over the pairs of all of them.
+            (values.loss.sum() * (accelerator.num_processes / n_pairs)).backward()
+        sums[:-2] += metrics_of(values).sum(0)
+        sums[-2] += len(values.loss)
+        sums[-1] += tensors["input_ids"].numel()
+        losses.append((tensors["pair_index"], values.loss.detach()))
+    return sums, losses
 
 
-class Meter:
-    """What has happened since the last log line. It stays on the device: a GPU is waited for only when it is read."""
+def gather(sums: torch.Tensor, grad_norm: torch.Tensor, is_asked_to_stop: bool, accelerator: Accelerator):
+    """The sums over all processes, the norm of the gradient, and whether any process was asked to stop, as numbers:
+    the one sum over processes in a step, and the one time that the host waits for the device."""
+    asked = sums.new_tensor([is_asked_to_stop])
+    *sums, asked = accelerator.reduce(torch.cat([sums, asked]), "sum").tolist()
+    return sums, grad_norm.item(), asked > 0
 
-    def __init__(self, steps: StepBatches, accelerator: Accelerator):
-        self.steps, self.accelerator, device = steps, accelerator, accelerator.device
-        self.step_sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)  # METRICS, pairs, tokens
-        self.sums = torch.zeros(len(METRICS) + 3, dtype=torch.float64, device=device)  # the same, skipped steps
-        self.losses = torch.zeros(len(steps.pairs), dtype=torch.float64, device=device)  # of each pair, the last one
-        self.first_bad, self.bad_in_a_row, self.most_in_a_row = torch.tensor([-1, 0, 0], device=device)
-        self.clock = time.perf_counter()
 
-    def add(self, metrics: torch.Tensor, batch: dict) -> None:
-        """The METRICS [P, K] of a micro-batch of the present step."""
-        self.step_sums[:-2] += metrics.sum(0)
-        self.step_sums[-2] += len(metrics)
-        self.step_sums[-1] += batch["n_tokens"]
-        self.losses[batch["pair_index"]] = metrics[:, 0]
+@dataclass
+class Window:
+    """What has happened since the last log line, over all processes; plain numbers, so that checkpoints hold it."""
 
-    def end_step(self, step: int, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Whether the step's gradient is not finite: then the step is to be skipped, and is only counted."""
-        is_bad = ~torch.isfinite(grad_norm)
-        self.sums[:-1] += torch.where(is_bad, 0.0, self.step_sums)
-        self.sums[-1] += is_bad * self.accelerator.is_main_process
-        self.step_sums.zero_()
-        is_first = is_bad & (self.bad_in_a_row == 0) & (self.most_in_a_row < 5)
-        self.first_bad = torch.where(is_first, step, self.first_bad)
-        self.bad_in_a_row = torch.where(is_bad, self.bad_in_a_row + 1, 0)
-        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.bad_in_a_row)
-        return is_bad
+    sums: list[float] = field(default_factory=lambda: [0.0] * (len(METRICS) + 2))  # of METRICS, of pairs, of tokens
+    seconds: float = 0.0  # in steps, so without evaluations and checkpoints
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
-    def read(self) -> dict[str, Any]:
-        """Means over the pairs of all processes, rates and `skipped_steps` since the last reading; then begin anew."""
-        *totals, n_pairs, n_tokens, n_skipped = self.accelerator.reduce(self.sums, "sum").tolist()
-        seconds = time.perf_counter() - self.clock
-        line = {name: total / n_pairs if n_pairs else None for name, total in zip(METRICS, totals, strict=True)}
-        line |= {"pairs_per_second": n_pairs / seconds, "tokens_per_second": n_tokens / seconds}
-        self.sums.zero_()
-        self.clock = time.perf_counter()
-        return line | {"skipped_steps": int(n_skipped)}
+    def add(self, sums: list[float]) -> None:
+        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)]
+        self.skipped_in_a_row = 0
 
-    def check(self) -> str | None:
-        """What to say about the first step that was skipped, if there is one.
+    def skip(self, rows: list[int], step: int) -> str:
+        """Count a step whose gradient is not finite; returns what to say about it.
 
-        Raises UserError after five skipped steps in a row.
+        Raises UserError after five in a row.
         """
-        if self.first_bad < 0:
-            return None
-        indices = self.steps.indices(int(self.first_bad))
-        is_good = np.isfinite(self.accelerator.reduce(self.losses, "sum")[indices].cpu().numpy())
-        rows = sorted(self.steps.pairs.rows[indices if is_good.all() else indices[~is_good]].tolist())
-        text = f"the loss or its gradient at step {int(self.first_bad) + 1} is not finite (rows {rows[:8]} of the data)"
-        if self.most_in_a_row < 5:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        text = f"the loss or its gradient at step {step} is not finite (rows {rows[:8]} of the data)"
+        if self.skipped_in_a_row < 5:
             return f"{text}: the step was skipped, and later ones are counted in skipped_steps"
         raise UserError(
-            f"{text}, and so on for {int(self.most_in_a_row)} steps in a row; none has changed the weights. Look at "
-            "the rows, lower --learning_rate or try --mixed_precision no: in a new run, which may start from a "
-            "checkpoint's folder as --model_name_or_path, with --ref_model_name_or_path as it was"
+            f"{text}, the fifth in a row; none has changed the weights. Look at the rows, lower --learning_rate or try "
+            "--mixed_precision no: in a new run, which may start from a checkpoint's folder as --model_name_or_path, "
+            "with --ref_model_name_or_path as it was"
         )
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done inside doesn't count as training time."""
-        started = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - started
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.accelerator.reduce(self.sums, "sum").cpu(), "seconds": time.perf_counter() - self.clock}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"] * self.accelerator.is_main_process)  # they are those of all processes
-        self.clock = time.perf_counter() - state["seconds"]
+    def read(self) -> dict[str, Any]:
+        """Means over the pairs and rates; then begin anew."""
+        *totals, n_pairs, n_tokens = self.sums
+        line = {name: total / n_pairs if n_pairs else None for name, total in zip(METRICS, totals, strict=True)}
+        line |= {"pairs_per_second": n_pairs / self.seconds, "tokens_per_second": n_tokens / self.seconds}
+        line |= {"skipped_steps": self.skipped}
+        self.sums, self.seconds, self.skipped = [0.0] * len(self.sums), 0.0, 0
+        return line
 
 
-class RunLog:
-    """metrics.jsonl, trackers, progress bar and printed lines of a run: all in the main process."""
-
-    def __init__(self, path: Path, accelerator: Accelerator, step: int, total_steps: int):
-        self.path, self.accelerator, self.total_steps, self.warned = path, accelerator, total_steps, set()
-        self.bar = tqdm(
-            total=total_steps, initial=step, disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )  # fmt: skip
-
-    def say(self, text: str) -> None:
-        self.bar.clear()
-        self.accelerator.print(text)
-
-    def warn(self, name: str, text: str | None) -> None:
-        """Say it, if there is anything to say, once in a run."""
-        if text and name not in self.warned:
-            self.warned.add(name)
-            self.say(f"warning: {text}")
-
-    def write(self, line: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            except OSError as error:  # a full disk: training is worth more than its log
-                self.warn("metrics", f"{self.path} can't be written to ({first_line(error)})")
-            numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-            self.accelerator.log(numbers, step=line["step"])
-
-    def training(self, line: dict[str, Any]) -> None:
-        self.write(line)
-        if line["loss"] is not None:  # else all steps were skipped
-            text = f"loss {line['loss']:.4f}  acc {line['rewards/accuracies']:.2f}"
-            text += f"  {line['pairs_per_second']:.2f} pairs/s"
-            self.bar.set_postfix_str(text)
-            if self.bar.disable:
-                more = f"margin {line['rewards/margins']:.3f}  lr {line['learning_rate']:.2e}"
-                self.say(f"step {line['step']}/{self.total_steps}  {text}  {more}")
-
-    def evaluation(self, step: int, epoch: float, found: dict[str, Any]) -> None:
-        if found:
-            now = found["metrics"]
-            self.write({"step": step, "epoch": epoch} | {f"eval_{name}": value for name, value in now.items()})
-            by_reward, by_logp = now["rewards/accuracies"], now["logps/accuracies"]
-            text = f"loss {now['loss']:.4f}  acc {by_reward:.3f} by reward, {by_logp:.3f} by logp"
-            self.say(f"step {step}, held out: {text}  margin {now['rewards/margins']:.3f}")
+def rows_of_bad_step(losses: list[tuple], pairs: Pairs) -> list[int]:
+    """The rows whose loss is not finite, in all processes; all rows of the step, if only the gradient is not."""
+    index, values = (torch.cat(parts).cpu().numpy() for parts in zip(*losses, strict=True))
+    is_bad = ~np.isfinite(values)
+    found = gather_object([(pairs.rows[index].tolist(), pairs.rows[index[is_bad]].tolist())])
+    every, bad = (sorted(sum(rows, [])) for rows in zip(*found, strict=True))
+    return bad or every
 
 
 def loss_at_start(flags: Flags) -> float:
@@ -662,7 +782,7 @@ def check_first_step(line: dict[str, Any], flags: Flags) -> None:
 
 def warnings_about(line: dict[str, Any], flags: Flags, warmup_steps: int) -> Iterator[tuple[str, str]]:
     """What a log line gives reason to warn of: (name, text)."""
-    if line["loss"] is None:
+    if line["loss"] is None:  # all steps were skipped
         return
     if line["step"] >= 10 and abs(line["rewards/margins"]) < 2e-4:
         reasons = {  # the first that holds
@@ -685,7 +805,16 @@ def warnings_about(line: dict[str, Any], flags: Flags, warmup_steps: int) -> Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run's folder, its checkpoints, and stopping
+# The run's folder, its log and its checkpoints
+
+
+def next_free_folder(name: str) -> Path:
+    """output/NAME, output/NAME-2 ..., made by this run and by no other one that starts at the same time."""
+    for folder in [Path("output", name if n == 1 else f"{name}-{n}") for n in range(1, 1000)]:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise UserError(f"output/{name}-999 is taken, too: give an --output_dir")
 
 
 def claim_output_dir(flags: Flags) -> Path:
@@ -695,20 +824,47 @@ def claim_output_dir(flags: Flags) -> Path:
     """
     resume = flags.resume_from_checkpoint
     if flags.output_dir is None and resume is None:
-        name = "eval" if flags.eval_only else "demo" if flags.demo else "dpo"
-        for folder in [Path("output", name if n == 1 else f"{name}-{n}") for n in range(1, 1000)]:
-            with contextlib.suppress(FileExistsError):  # made by this run or by another one: never by both
-                folder.mkdir(parents=True)
-                return folder
+        return next_free_folder("eval" if flags.eval_only else "demo" if flags.demo else "dpo")
     folder = Path(flags.output_dir) if flags.output_dir else Path(resume).parent
-    its_own = resume == "latest" or resume and Path(resume).resolve().parent == folder.resolve()
+    is_its_own = resume == "latest" or resume and Path(resume).resolve().parent == folder.resolve()
     used = ("metrics.jsonl", "report.md", "model.safetensors")
-    if (find_checkpoints(folder) or any((folder / name).exists() for name in used)) and not its_own:
+    if (find_checkpoints(folder) or any((folder / name).exists() for name in used)) and not is_its_own:
         raise UserError(f"--output_dir {folder} holds another run: give another, or --resume_from_checkpoint latest")
-    folder.mkdir(parents=True, exist_ok=True)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder} can't be written to")
     return folder
+
+
+@contextlib.contextmanager
+def written(path: Path):
+    """What is done inside writes there. Raises UserError if the disk does not take it, as each library puts it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} can't be written ({first_line(error)})") from None
+
+
+@contextlib.contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write a file or a folder to; renamed once it is on the disk, else removed."""
+    aside = path.with_name(f".{path.name}.tmp")
+    remove(aside)
+    try:
+        yield aside
+        os.sync()  # contents must be on the disk before their name is
+        remove(path)
+        aside.rename(path)
+    finally:
+        remove(aside)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder, or nothing."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -717,13 +873,13 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def read_checkpoint(folder: Path, settings: dict[str, Any], flags: Flags) -> tuple[Path | None, dict[str, Any]]:
+def read_checkpoint(folder: Path, belongs_to: dict[str, Any], flags: Flags) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to go on from, if any, and what to go on with.
 
     Raises UserError if there is none, if it is damaged, older than another one here, or another run's.
     """
     if flags.resume_from_checkpoint is None:
-        return None, {"step": 0, "before": {}, "settings": settings}
+        return None, {"step": 0}
     there = find_checkpoints(folder)
     if flags.resume_from_checkpoint == "latest" and not there:
         raise UserError(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}")
@@ -732,66 +888,112 @@ def read_checkpoint(folder: Path, settings: dict[str, Any], flags: Flags) -> tup
         raise UserError(f"{chosen}: {there[0]} is newer and would be lost; take `latest`, or give another --output_dir")
     try:
         state = torch.load(chosen / "state.pt", map_location="cpu", weights_only=True)
+        before = state["belongs_to"]
     except Exception as error:  # whatever a file that is no archive makes torch raise
-        raise UserError(f"{chosen} is no whole checkpoint ({first_line(error)}): remove it, take `latest`") from None
-    for name, value in settings.items():
-        if (old := state["settings"].get(name)) != value:
+        text = f"{chosen} is no whole checkpoint of this trainer ({first_line(error)})"
+        raise UserError(f"{text}: take `latest`, or remove it if the disk was full then") from None
+    for name in before.keys() | belongs_to.keys():
+        if before.get(name) != belongs_to.get(name):
             hint = " (the file, the tokenizer, --max_length, --max_*_samples or --domains)" * (name == "data")
-            raise UserError(f"{chosen} belongs to another run: {name}{hint} was {old} and is {value} now")
+            values = f"{name}{hint} was {before.get(name)} and is {belongs_to.get(name)} now"
+            raise UserError(f"{chosen} belongs to another run: {values}")
     return chosen, state
 
 
-def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer, end_id: int, folder: Path) -> None:
     """What `from_pretrained` needs. The generation config names the end-of-turn token: that is where to stop."""
-    eos = [token for token in dict.fromkeys([end_of_turn_id(tokenizer), tokenizer.eos_token_id]) if token is not None]
+    eos = [token for token in dict.fromkeys([end_id, tokenizer.eos_token_id]) if token is not None]
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = eos[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(folder: Path, state: dict, stateful: dict, scorer, tokenizer, flags: Flags, log: RunLog) -> None:
-    """A checkpoint is complete or absent: written aside, synced to the disk, then renamed.
-
-    All processes together. A disk that is full costs the checkpoint, not the run.
-    """
-    state = state | {name: owner.state_dict() for name, owner in stateful.items()}
-    if log.accelerator.is_main_process:
-        final = folder / f"checkpoint-{state['step']}"
-        aside = folder / f".{final.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            save_model(log.accelerator.unwrap_model(scorer).model, tokenizer, aside)
+def save_checkpoint(folder: Path, state: dict, model: PreTrainedModel, tokenizer, end_id: int, flags: Flags, log) -> None:
+    """A checkpoint is complete or absent. A disk that is full costs the checkpoint, not the run."""
+    final = folder / f"checkpoint-{state['step']}"
+    try:
+        with written(final), complete_or_absent(final) as aside:
+            save_model(model, tokenizer, end_id, aside)
             torch.save(state, aside / "state.pt")
-            os.sync()  # the files must be on the disk before their name is
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            for old in find_checkpoints(folder)[flags.save_total_limit :]:
-                shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as each library puts it
-            shutil.rmtree(aside, ignore_errors=True)
-            last = next((str(path) for path in find_checkpoints(folder)), "none")
-            log.say(f"warning: no checkpoint at step {state['step']} ({first_line(error)}); the last one: {last}")
-    log.accelerator.wait_for_everyone()
+    except UserError as error:
+        last = next((str(path) for path in find_checkpoints(folder)), "none")
+        log.say(f"warning: no checkpoint at step {state['step']}: {error}; the last one: {last}")
+    for old in find_checkpoints(folder)[flags.save_total_limit :]:
+        remove(old)
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines behind a step, which the resumed run will write again, and a line that was cut off."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    aside = path.with_name(f".{path.name}.tmp")
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+class Log:
+    """metrics.jsonl, trackers, progress bar and printed lines of a run: all in the main process."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int, total_steps: int):
+        self.path, self.accelerator, self.total_steps, self.warned = path, accelerator, total_steps, set()
+        self.bar = tqdm(
+            total=total_steps, initial=step, disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )  # fmt: skip
+
+    def say(self, text: str) -> None:
+        self.bar.clear()
+        self.accelerator.print(text)
+
+    def warn(self, name: str, text: str) -> None:
+        """Say it, once in a run."""
+        if name not in self.warned:
+            self.warned.add(name)
+            self.say(f"warning: {text}")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record. Of a resumed run, too: readers forget the records of steps after the one resumed from."""
+        if not self.accelerator.is_main_process:
+            return
+        text = json.dumps(record | {"time": round(time.time(), 3)}, ensure_ascii=False) + "\n"
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell() and record.get("event") == "resumed":
+                    text = "\n" + text  # the last line may be torn
+                file.write(text.encode(errors="backslashreplace"))
+        except OSError as error:  # a full disk: training is worth more than its log
+            self.warn("metrics", f"{self.path} can't be written to ({first_line(error)})")
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        self.accelerator.log(numbers, step=record["step"])
+
+    def training(self, line: dict[str, Any]) -> None:
+        self.write(line)
+        if line["loss"] is not None:  # else all steps were skipped
+            text = f"loss {line['loss']:.4f}  acc {line['rewards/accuracies']:.2f}"
+            text += f"  {line['pairs_per_second']:.2f} pairs/s"
+            self.bar.set_postfix_str(text)
+            if self.bar.disable:
+                more = f"margin {line['rewards/margins']:.3f}  lr {line['learning_rate']:.2e}"
+                self.say(f"step {line['step']}/{self.total_steps}  {text}  {more}")
+
+    def evaluation(self, step: int, epoch: float, found: dict[str, Any]) -> None:
+        record = {"event": "eval", "step": step, "epoch": epoch} | found
+        self.write(record)
+        by_reward, by_logp = record["eval_rewards/accuracies"], record["eval_logps/accuracies"]
+        text = f"loss {record['eval_loss']:.4f}  acc {by_reward:.3f} by reward, {by_logp:.3f} by logp"
+        self.say(f"step {record['step']}, held out: {text}  margin {record['eval_rewards/margins']:.3f}")
+
+
+    def end(self, step: int) -> None:
+        """The last record; then the picture and the report, and what they say in short."""
+        self.write({"event": "end", "step": step})
+        if self.accelerator.is_main_process:
+            try:
+                self.say("\n".join(["", *write_results(self.path.parent)]))
+            except PlotError as error:
+                self.say(f"warning: no report ({error})")
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C, so that the run can stop between two steps; the same once more ends the process."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the run can stop between two steps; the same once more ends
+    the process. A signal that is ignored (SIGHUP under nohup) stays so."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.caught, self.is_main = False, accelerator.is_main_process
-        # Processes agree through a group of their own on CPUs: a question to the GPU in each step would stall it.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __init__(self, is_main: bool):
+        self.caught, self.is_main = False, is_main
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
 
     def give_back(self) -> None:
         for number, handler in self.handlers.items():
@@ -801,144 +1003,12 @@ class StopSignals:
         self.caught = True
         signal.signal(number, signal.SIG_DFL)
         if self.is_main:
-            print("\nstopping after this step, with a checkpoint (again: exit at once)", file=sys.stderr)
-
-    def requested(self) -> bool:
-        """Whether any process was asked to stop: the same answer in all of them."""
-        count = torch.tensor(int(self.caught))
-        if self.group is not None:
-            torch.distributed.all_reduce(count, group=self.group)
-        return bool(count)
-
-
-def leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C and SIGTERM go to whole process groups: a loader that died of them would end the run in the middle."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+            with contextlib.suppress(OSError):  # a closed terminal
+                print("\nstopping after this step, with a checkpoint (again: exit at once)", file=sys.stderr)
 
 
 class Stopped(UserError):
     """Asked to stop, and did: said by the main process alone."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before and after
-
-
-@torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer, pairs: Pairs, max_new_tokens: int) -> list[dict[str, Any]]:
-    """What the model answers to six prompts, from as many domains as there are: greedy, one at a time.
-
-    `repetition` is the share of the answer's 4-grams of tokens that stood in it before; `stopped`, whether it ended its
-    turn by itself.
-    """
-    _, first = np.unique(pairs.keys, return_index=True)  # one pair of each prompt
-    seen: Counter[str] = Counter()
-    turns = []
-    for i in sorted(first.tolist()):
-        turns.append((seen[pairs.domains[i]], i))
-        seen[pairs.domains[i]] += 1
-    answers, end_id, its_own_config = [], end_of_turn_id(tokenizer), model.generation_config
-    # Its own config may ask for penalties or for sampling.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=end_id)
-    for pair in pairs.read(sorted(i for _, i in sorted(turns)[:6])):
-        prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=model.device)[None]
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens)
-        ids = output[0, prompt.shape[1] :].tolist()
-        grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-        answers.append(
-            {
-                "domain": str(pairs.domains[pair["index"]]),
-                "prompt": tokenizer.decode(prompt[0], skip_special_tokens=True).strip(),
-                "answer": tokenizer.decode(ids, skip_special_tokens=True),
-                "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
-                "n_tokens": len(ids),
-                "stopped": end_id in ids,
-                "repetition": (len(grams) - len(set(grams))) / max(1, len(grams)),
-            }
-        )
-    model.generation_config = its_own_config
-    return answers
-
-
-FIGURES = (  # of the report: what, its metric, its format
-    ("loss (nats)", "loss", ".4f"),
-    ("accuracy by reward", "rewards/accuracies", ".3f"),
-    ("accuracy by log-probability", "logps/accuracies", ".3f"),
-    ("margin (nats, beta included)", "rewards/margins", ".3f"),
-    ("log-probability of chosen (nats)", "logps/chosen", ".2f"),
-    ("log-probability of rejected (nats)", "logps/rejected", ".2f"),
-    ("negative log-likelihood of chosen (nats a token)", "nll_loss", ".3f"),
-    ("pairs whose chosen response is the longer one", "pairs/chosen_longer", "d"),
-    ("accuracy by reward in these", "rewards/accuracies_chosen_longer", ".3f"),
-    ("pairs whose chosen response is the shorter one", "pairs/chosen_shorter", "d"),
-    ("accuracy by reward in these", "rewards/accuracies_chosen_shorter", ".3f"),
-)
-
-
-def write_report(path: Path, before: dict, after: dict, flags: Flags, steps: int) -> list[str]:
-    """Write `report.md`, before and after side by side; returns its table of figures as lines for the terminal."""
-    names = public(flags)
-    title = f"{names['model_name_or_path']} on {names['dataset_name']}, {steps} steps."
-    if flags.eval_only:
-        title = f"{names['ref_model_name_or_path']} (before) and {names['model_name_or_path']} (after)."
-    lines, table = ["# Before and after", "", title, ""], []
-    if before:
-        old, new = before["metrics"], after["metrics"]
-        table = [f"| held out, {old['pairs']} pairs of {old['prompts']} prompts | before | after |", "|---|---:|---:|"]
-        for name, key, form in FIGURES:
-            if old[key] is not None:
-                errors = [f" ± {side[f'{key}_se']:.3f}" if f"{key}_se" in side else "" for side in (old, new)]
-                table.append(f"| {name} | {old[key]:{form}}{errors[0]} | {new[key]:{form}}{errors[1]} |")
-        lengths = f"{old['lengths/chosen']:.0f} (chosen) and {old['lengths/rejected']:.0f} (rejected) tokens on average"
-        lines += [*table, "", f"± is one standard error over prompts. The held-out responses have {lengths}."]
-    else:
-        lines += ["No pairs were held out (`--max_eval_samples 0`): nothing to compare."]
-    if len(before.get("domains", {})) > 1:
-        lines += ["", "| before → after | pairs | " + " | ".join(name for name, _, _ in FIGURES[:4]) + " |"]
-        lines += ["|---|---:|" + "---:|" * 4]
-        for domain, old in before["domains"].items():
-            cells = [f"{old[key]:{form}} → {after['domains'][domain][key]:{form}}" for _, key, form in FIGURES[:4]]
-            lines.append(f"| {domain or '(none)'} | {old['pairs']} | " + " | ".join(cells) + " |")
-    if before.get("answers"):
-        lines += ["", f"## Answers to held-out prompts (greedy, at most {flags.max_new_tokens} tokens)", ""]
-        lines += ["| | before | after |", "|---|---:|---:|"]
-        for name, key, form in (("tokens", "n_tokens", ".0f"), ("ended by themselves", "stopped", ".0%"),
-                                ("repeated 4-grams", "repetition", ".0%")):  # fmt: skip
-            averages = (np.mean([float(one[key]) for one in side["answers"]]) for side in (before, after))
-            lines.append(f"| {name} | " + " | ".join(f"{average:{form}}" for average in averages) + " |")
-        for old, new in zip(before["answers"], after["answers"], strict=True):
-            lines += ["", f"### {old['domain'] or 'Prompt'}"]
-            texts = (old["prompt"], old["answer"], new["answer"], old["chosen"])
-            for name, text in zip(("Prompt", "Before", "After", "Preferred in the data"), texts, strict=True):
-                fence = next("`" * n for n in range(3, 1000) if "`" * n not in text)
-                lines += ["", f"**{name}**", "", fence + "text", text, fence]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return table
-
-
-def compare_models(policy: PreTrainedModel, ref_logps: ReferenceLogps, tokenizer, log: RunLog, flags: Flags) -> None:
-    """--eval_only: the report of a run that would have begun as the reference and ended as the policy."""
-    before = evaluate_policy(ref_logps.scorer, ref_logps, tokenizer, flags, with_answers=True)
-    after = evaluate_policy(ResponseScorer(policy), ref_logps, tokenizer, flags, with_answers=True)
-    if log.accelerator.is_main_process:
-        path = log.path.with_name("report.md")
-        log.say("\n".join(["", *write_report(path, before, after, flags, 0), "", f"report {path}"]))
-
-
-def write_results(model: PreTrainedModel, before: dict, after: dict, tokenizer, log: RunLog, flags: Flags) -> None:
-    """The trained model, the report and the picture."""
-    folder = log.path.parent
-    save_model(model, tokenizer, folder)
-    lines = write_report(folder / "report.md", before, after, flags, log.total_steps)
-    for old, new in list(zip(before.get("answers", []), after.get("answers", []), strict=False))[:3]:
-        question = old["prompt"].removesuffix("assistant").strip().splitlines()[-1:]
-        lines += ["", f"prompt  {''.join(question)}", f"before  {old['answer']}", f"after   {new['answer']}"]
-    log.say("\n".join(["", *lines, "", f"{folder}: the model, report.md, loss.png"]))
-    try:
-        plot_runs([read_run(folder)], folder / "loss.png")
-    except PlotError as error:
-        log.say(f"warning: no picture ({error})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,15 +1019,14 @@ def start_accelerator(flags: Flags) -> Accelerator:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(f"{name} is not supported, only one process or DDP: `accelerate launch --multi_gpu`")
-    # On Hopper and newer, cuDNN's attention is preferred and builds a graph for each new shape: here, for nearly each
-    # micro-batch. (From reading torch's sources; not measured.)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Containers that ask for TF32 would make the check of the model refuse a sound one.
+    torch.set_float32_matmul_precision("highest")
     accelerate.utils.set_seed(flags.seed)
     try:
         return Accelerator(
             log_with=None if flags.report_to == "none" else flags.report_to,
             project_dir=".",  # some trackers want one now; where they write is set below
-            mixed_precision=flags.mixed_precision,
+            mixed_precision="no",  # ours is in `ResponseScorer`, whatever the environment says
             # Otherwise accelerate lets several processes on CPUs run side by side and know nothing of each other, and
             # takes a Mac's GPU, which has no float64.
             cpu=not torch.cuda.is_available(),
@@ -980,205 +1049,249 @@ TRACKERS = {  # the variable that names a project, and what accelerate's tracker
 }  # fmt: skip
 
 
-def start_tracker(accelerator: Accelerator, flags: Flags) -> None:
+def start_tracker(accelerator: Accelerator, folder: Path, flags: Flags) -> None:
     """Project "dpo", or as the tracker's variable says; the run is named after its folder."""
     if flags.report_to != "none":
         variable, run_name = TRACKERS.get(flags.report_to, ("", ""))
-        options = {flags.report_to: {run_name: Path(flags.output_dir).name}} if run_name else {}
-        config = {name: str(value) if value is None else value for name, value in public(flags).items()}
-        accelerator.project_configuration.logging_dir = flags.output_dir
+        options = {flags.report_to: {run_name: folder.name}} if run_name else {}
+        config = {name: str(value) if value is None else value for name, value in without_folders(flags).items()}
+        accelerator.project_configuration.logging_dir = str(folder)
         accelerator.init_trackers(os.environ.get(variable, "dpo"), config=config, init_kwargs=options)
 
 
-def header(flags: Flags, summary: str, policy: PreTrainedModel, tokenizer, steps: StepBatches, n_steps: int) -> str:
-    """What will be trained, on what, how: the lines before the first step."""
-    (pair,) = steps.pairs.read([int(steps.indices(0)[0])])
-    names, defaults = public(flags), asdict(Flags())
-    sides = ("prompt", "chosen", "rejected")
-    n_tokens, n_weights = steps.collate.micro_batch_tokens, sum(weight.numel() for weight in policy.parameters())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    lines = {
-        "model": f"{names['model_name_or_path']}, {n_weights:,} weights",
-        "reference": names["ref_model_name_or_path"] or "the same, frozen",
-        "data": summary,
-        "steps": f"{n_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to {n_tokens:,} tokens, "
-                 f"{steps.n_processes} process(es)",
-        "device": f"{device}, attention {choose_attention(flags)}, torch {torch.__version__}, "
-                  f"transformers {transformers.__version__}",
-        "flags": " ".join(f"--{name} {value}" for name, value in names.items() if value != defaults[name]),
-        **{side: repr(tokenizer.decode(pair[f"{side}_ids"]))[-140:] for side in sides},
+def start_record(flags: Flags, facts: dict[str, str]) -> dict[str, Any]:
+    flags_shown = without_folders(flags)
+    return {"event": "start", "step": 0, "loss_at_start": loss_at_start(flags), "flags": flags_shown} | facts
+
+
+def compare_models(
+    policy: PreTrainedModel, ref_model: PreTrainedModel, data: PreparedData, compute: Compute, tokenizer,
+    accelerator: Accelerator, folder: Path, flags: Flags,
+) -> Path:  # fmt: skip
+    """--eval_only: the log and the report of a run that would have begun as the reference and ended as the policy."""
+    facts = facts_of(flags, data, compute, "none: two models are compared")
+    accelerator.print(header(facts, flags, tokenizer, data.held_out.read([0])[0]))
+    log = Log(folder / "metrics.jsonl", accelerator, 0, 0)
+    log.write(start_record(flags, facts))
+    held_out = data, TreeCollator(usual_tokens(compute, flags)), compute, accelerator, tokenizer, flags
+    reference = ReferenceModel(ref_model, compute.dtype)
+    for model in (ref_model, policy):
+        scorer = ResponseScorer(model, compute.dtype)
+        log.evaluation(0, 0.0, evaluate(scorer, reference, *held_out, with_answers=True))
+    log.end(0)
+    return folder
+
+
+def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, str]:
+    """What will be trained, on what, how: for the terminal and the log."""
+    return {
+        "model": without_folders(flags)["model_name_or_path"],
+        "reference": without_folders(flags)["ref_model_name_or_path"] or "the same, frozen",
+        "data": data.summary(),
+        "steps": steps,
+        "device": f"{torch.cuda.get_device_name() if compute.device.type == 'cuda' else 'CPU'}, "
+                  f"{compute.attend.__name__.replace('_', ' ')}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }  # fmt: skip
+
+
+def header(facts: dict[str, str], flags: Flags, tokenizer, pair: dict) -> str:
+    """The facts, the flags that can be pasted to run it again, and the first pair, as the model sees it."""
+    given = {name: value for name, value in asdict(flags).items() if value != getattr(Flags(), name)}
+    lines = facts | {"flags": " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())}
+    lines |= {name: repr(tokenizer.decode(pair[f"{name}_ids"]))[-140:] for name in ("prompt", "chosen", "rejected")}
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
-
-
-def prepare_steps(tokenizer, accelerator: Accelerator, flags: Flags):
-    """The tokenized pairs, split by prompt, and the micro-batches of each step."""
-    with accelerator.local_main_process_first():
-        data = prepare(
-            load_rows(flags.dataset_name, flags.dataset_split), tokenizer, flags.max_length,
-            1 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
-            flags.domains.split(",") if flags.domains else None,
-        )  # fmt: skip
-    # By count, 8,192 tokens make a peak of 25 GB on a GPU. A CPU gains nothing from large micro-batches.
-    n_tokens = flags.micro_batch_tokens or max(2 * flags.max_length, 8192 if torch.cuda.is_available() else 2048)
-    collate = TreeCollator(n_tokens, one_row=choose_attention(flags) == "tree")
-    place = accelerator.process_index, accelerator.num_processes
-    return data, StepBatches(data.train, collate, flags.train_batch_size, flags.seed, flags.group_by_prompt, *place)
 
 
 def train(flags: Flags) -> Path:
     """One run, from flags to files; returns the output folder."""
+    # 1. This process among the others, how it computes, and the run's folder
     accelerator = start_accelerator(flags)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
-    (flags.output_dir,) = accelerate.utils.broadcast_object_list([str(claim_output_dir(flags)) if is_main else None])
-    folder = Path(flags.output_dir)
+    dtype = {"bf16": torch.bfloat16, "no": torch.float32}[flags.mixed_precision]
+    has_kernel = device.type == "cuda" and dtype.itemsize == 2  # FlashAttention, on a GPU, in 16 bits
+    compute = Compute(device, dtype, attend_at_once if has_kernel else attend_by_segment)
+    (folder,) = accelerate.utils.broadcast_object_list([claim_output_dir(flags) if is_main else None])
     if device.type == "cpu" and not flags.demo:
         say(f"warning: torch {torch.__version__} sees no GPU: this runs on the CPU (is the driver too old for it?)")
-    if away := search_cache_only_if_hub_is_away([getattr(flags, name) for name in PATHS[:3]]):
-        say(f"warning: {away}")
 
-    # Rows to token ids, split by prompt; the policy, and the reference, which is the policy's start if none is given.
+    # 2. Rows to token ids, split by prompt
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)
-    data, steps = prepare_steps(tokenizer, accelerator, flags)
+    with accelerator.local_main_process_first():
+        data = prepare(
+            load_rows(flags.dataset_name, flags.dataset_split), tokenizer, flags.max_length,
+            0 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
+            flags.domains.split(",") if flags.domains else None,
+        )  # fmt: skip
+    data.end_id = end_of_turn_id(tokenizer)
+    any_pairs = data.train if len(data.train) else data.held_out
+
+    # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
+    policy = load_model(flags.model_name_or_path, flags).to(device)
+    compute, warning = check_model(policy, any_pairs, compute, flags.max_length)
+    if flags.ref_model_name_or_path in (None, flags.model_name_or_path):
+        ref_model = copy.deepcopy(policy)
+    else:
+        ref_model = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(device)
+        refuse_other_vocabulary(ref_model, tokenizer, flags.ref_model_name_or_path)
+        compute, warning = check_model(ref_model, any_pairs, compute, flags.max_length)
+    if warning:
+        say(f"warning: {warning}")
+    if flags.eval_only:
+        return compare_models(policy, ref_model, data, compute, tokenizer, accelerator, folder, flags)
+
+    # 4. The checkpoint to go on from, if any, which must belong to this run
+    hashes = {"policy's start (hash)": weights_hash(policy), "reference (hash)": weights_hash(ref_model)}
+    same_start = len(set(hashes.values())) == 1
+    belongs_to = hashes | {"data": f"{data.train.fingerprint} {data.held_out.fingerprint}"}
+    settings = {f"--{name}": value for name, value in asdict(flags).items() if name not in MAY_CHANGE_ON_RESUME}
+    checkpoint, state = read_checkpoint(folder, belongs_to | settings, flags)
+
+    # 5. The reference's log-probabilities: from the model beside the policy, or from a table, and the model goes
+    freeze(ref_model, dtype)
+    train_reference = eval_reference = ReferenceModel(ref_model, dtype)
+    if flags.precompute_ref_log_probs:
+        train_reference, eval_reference = reference_tables(
+            folder / "reference.pt", belongs_to | {"--mixed_precision": flags.mixed_precision},
+            (data.train, data.held_out), train_reference, usual_tokens(compute, flags), compute, accelerator,
+        )  # fmt: skip
+        ref_model = None
+
+    # 6. The micro-batches of each step, as large as fits
+    n_tokens = find_micro_batch_tokens(policy, ref_model, compute, accelerator, flags)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    collate = TreeCollator(n_tokens)
+    rank, n_processes = accelerator.process_index, accelerator.num_processes
+    steps = StepBatches(
+        data.train, collate, flags.train_batch_size, flags.seed, flags.group_by_prompt, rank, n_processes
+    )
     total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
     warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
     if flags.warmup_steps >= total_steps:
         raise UserError(f"--warmup_steps {warmup_steps}: the run has only {total_steps} steps")
-    policy, reference, hashes = load_models(tokenizer, steps, accelerator, flags)
-    if device.type == "cuda" and not flags.eval_only:
-        rehearse(policy, reference, steps.collate, accelerator, flags)
 
-    # The checkpoint to go on from, which must belong to this run.
-    settings = hashes | {"data": f"{data.train.fingerprint} {data.held_out.fingerprint}"}
-    settings |= {f"--{name}": getattr(flags, name) for name in MUST_MATCH_ON_RESUME}
-    checkpoint, state = read_checkpoint(folder, settings, flags)
-    step = state["step"]
-    log = RunLog(folder / "metrics.jsonl", accelerator, step, total_steps)
-    say(header(flags, data.summary(), policy, tokenizer, steps, total_steps))
+    # 7. The policy and what else changes from step to step, as they are at the start or in the checkpoint
+    if checkpoint is not None:
+        policy = load_model(str(checkpoint), flags, "--resume_from_checkpoint").to(device)
+    transformers.logging.disable_progress_bar()  # from here on its bars, of saving, would tear ours
+    scorer = ResponseScorer(policy.train(), dtype)
+    trained = accelerator.prepare(scorer)  # with several processes, inside DDP
+    matrices, vectors = ([w for w in policy.parameters() if (w.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": flags.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=flags.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True,
+    )  # fmt: skip
+    # Not prepared: a prepared scheduler steps once per process, and the learning rate would fall N times too fast.
+    scheduler = transformers.get_scheduler(flags.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+    step, window = state["step"], Window(**state.get("window", {}))
+    if checkpoint is not None:
+        optimizer.load_state_dict(state.pop("optimizer"))
+        scheduler.load_state_dict(state.pop("scheduler"))
+
+    # 8. What is said and logged before the first step
+    facts = facts_of(flags, data, compute, f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to "
+                     f"{n_tokens:,} tokens, {n_processes} process(es)")  # fmt: skip
+    say(header(facts, flags, tokenizer, data.train.read([int(steps.indices(0)[0])])[0]))
     n_bytes = 4 * sum(weight.numel() for weight in policy.parameters())  # of the model; AdamW's moments are two more
     if flags.save_steps and (free := shutil.disk_usage(folder).free) < n_bytes * (4 + 3 * flags.save_total_limit):
         say(f"warning: {free / 1e9:.1f} GB are free; each of the checkpoints will take {n_bytes * 3e-9:.1f}")
+    start_tracker(accelerator, folder, flags)
+    log = Log(folder / "metrics.jsonl", accelerator, step, total_steps)
+    stop = StopSignals(is_main)
+    held_out = data, collate, compute, accelerator, tokenizer, flags
+    if checkpoint is None:
+        log.write(start_record(flags, facts) | {"micro_batch_tokens": n_tokens})
+        log.evaluation(0, 0.0, evaluate(scorer, eval_reference, *held_out, with_answers=True))
+    else:
+        log.write({"event": "resumed", "step": step, "checkpoint": checkpoint.name})
 
-    # The reference's log-probabilities: computed as they are needed, or all before the policy moves.
-    train_ref, eval_ref = (
-        ReferenceLogps(pairs, steps.collate, reference, accelerator) for pairs in (data.train, data.held_out)
-    )
-    if flags.eval_only:
-        compare_models(policy, eval_ref, tokenizer, log, flags)
-        return folder
-    start_tracker(accelerator, flags)
-    stop = StopSignals(accelerator)
-    if checkpoint is not None:
-        train_ref.load_state_dict(state.pop("reference"))
-    if flags.precompute_ref_log_probs:
-        eval_ref.fill(stop)
-        train_ref.fill(stop)
-    del reference  # precomputed, it is no longer in memory
-
-    # The policy and what else changes from step to step, as they are at the start or in the checkpoint.
-    if checkpoint is not None:
-        policy = load_model(str(checkpoint), flags, "--resume_from_checkpoint").to(device)
-    scorer = accelerator.prepare(ResponseScorer(policy.train()))
-    rate = {"lr": flags.learning_rate, "weight_decay": flags.weight_decay}
-    optimizer = torch.optim.AdamW(scorer.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True, **rate)
-    # Not prepared: a prepared scheduler steps once per process, and the learning rate would fall N times too fast.
-    scheduler = transformers.get_scheduler(flags.lr_scheduler_type, optimizer, warmup_steps, total_steps)
-    meter = Meter(steps, accelerator)
-    stateful = {"optimizer": optimizer, "scheduler": scheduler, "meter": meter}
-    if checkpoint is not None:
-        for name, owner in stateful.items():
-            owner.load_state_dict(state.pop(name))
-        if is_main:
-            cut_metrics(log.path, step)
-        log.write({"step": step, "event": "resumed", "checkpoint": checkpoint.name})
-    stateful["reference"] = train_ref
-    go_on = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
-    if flags.precompute_ref_log_probs and stop.requested():
-        save_checkpoint(folder, state, stateful, scorer, tokenizer, flags, log)
-        raise Stopped(f"stopped while precomputing; {go_on}")
-    if step == 0:
-        log.write({"step": 0, "event": "start", "loss_at_start": loss_at_start(flags), "flags": public(flags)})
-        with meter.paused():
-            state["before"] = evaluate_policy(scorer, eval_ref, tokenizer, flags, with_answers=True)
-        log.evaluation(0, 0.0, state["before"])
-    loader = torch.utils.data.DataLoader(
-        steps, sampler=range(step, total_steps), batch_size=None, collate_fn=list, pin_memory=device.type == "cuda",
-        num_workers=int(device.type == "cuda"), worker_init_fn=leave_signals_to_main,
-    )  # fmt: skip
-
-    for batches in loader:
-        forward_backward(batches, len(steps.indices(step)), scorer, train_ref, meter, flags)
-        grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), flags.max_grad_norm or math.inf)
-        is_bad = meter.end_step(step, grad_norm)
-        optimizer.found_inf = is_bad.float()  # then the fused AdamW changes nothing
-        optimizer.step()
-        optimizer.zero_grad()
+    # 9. The steps
+    batches = [compute.load(batch) for batch in steps[step]] if step < total_steps else []
+    while step < total_steps:
+        started, n_pairs = time.perf_counter(), len(steps.indices(step))
+        sums, losses = forward_backward(batches, n_pairs, trained, train_reference, accelerator, flags)
+        grad_norm = clip_grad_norm_(policy.parameters(), flags.max_grad_norm or math.inf)
+        if step + 1 < total_steps:  # made while the device works
+            batches = [compute.load(batch) for batch in steps[step + 1]]
+        sums, grad_norm, stopping = gather(sums, grad_norm, stop.caught, accelerator)
         learning_rate = scheduler.get_last_lr()[0]
+        if math.isfinite(grad_norm):
+            optimizer.step()
+            window.add(sums)
+        else:
+            log.warn("skipped", window.skip(rows_of_bad_step(losses, data.train), step + 1))
+        optimizer.zero_grad()
         scheduler.step()
         step += 1
-        epoch = step / steps.steps_per_epoch
-        if step % steps.steps_per_epoch == 0:
-            train_ref.share()
+        window.seconds += time.perf_counter() - started
+        epoch, is_last = step / steps.steps_per_epoch, step == total_steps
 
-        if step == 1 or step % flags.logging_steps == 0 or step == total_steps:
-            log.warn("skipped", meter.check())
-            line = {"step": step, "epoch": epoch} | meter.read()
-            line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None, "learning_rate": learning_rate}
+        if step == 1 or step % flags.logging_steps == 0 or is_last:
+            line = {"step": step, "epoch": epoch} | window.read()
+            line |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "learning_rate": learning_rate}
             if device.type == "cuda":
                 line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            if step == 1 and len(set(hashes.values())) == 1:
+            if step == 1 and same_start:
                 check_first_step(line, flags)
             log.training(line)
             for name, text in warnings_about(line, flags, warmup_steps):
                 log.warn(name, text)
-        if flags.eval_steps and step % flags.eval_steps == 0 and step < total_steps:
-            with meter.paused():
-                log.evaluation(step, epoch, evaluate_policy(scorer, eval_ref, tokenizer, flags))
-        stopping = stop.requested() and step < total_steps
-        if stopping or flags.save_steps and (step % flags.save_steps == 0 or step == total_steps):
-            with meter.paused():
-                save_checkpoint(folder, state | {"step": step}, stateful, scorer, tokenizer, flags, log)
+        if flags.eval_steps and step % flags.eval_steps == 0 and not is_last:
+            log.evaluation(step, epoch, evaluate(scorer, eval_reference, *held_out))
+        stopping = stopping and not is_last
+        if stopping or flags.save_steps and (step % flags.save_steps == 0 or is_last):
+            if is_main:
+                state = {"step": step, "belongs_to": belongs_to | settings, "window": asdict(window),
+                         "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}  # fmt: skip
+                save_checkpoint(folder, state, policy, tokenizer, data.end_id, flags, log)
+            accelerator.wait_for_everyone()
         log.bar.update()
         if stopping:
             log.bar.close()
-            raise Stopped(f"stopped after step {step}; {go_on}")
+            again = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
+            raise Stopped(f"stopped after step {step}; {again}")
 
+    # 10. The trained model, and what has become of it
     log.bar.close()
     stop.give_back()
-    after = evaluate_policy(scorer, eval_ref, tokenizer, flags, with_answers=True)
-    log.evaluation(step, step / steps.steps_per_epoch, after)
     if is_main:
-        write_results(accelerator.unwrap_model(scorer).model, state["before"], after, tokenizer, log, flags)
+        with written(folder):
+            save_model(policy, tokenizer, data.end_id, folder)
+    log.evaluation(step, step / steps.steps_per_epoch, evaluate(scorer, eval_reference, *held_out, with_answers=True))
+    log.end(step)
     accelerator.end_training()
     return folder
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
-    rank, flags, text = os.environ.get("RANK", "0"), Flags(), None
+    rank, flags, text = os.environ.get("RANK", "0"), None, None
     try:
         flags = parse_flags(argv)
         train(flags)
-    except torch.OutOfMemoryError as error:
-        text = f"{first_line(error)} Lower --micro_batch_tokens; a checkpoint can be resumed with it"
-    except (UserError, OSError, SafetensorError) as error:  # the last two: a full disk
+        return 0
+    except UserError as error:
         if rank == "0" or not isinstance(error, Stopped):
             text = str(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        text = f"{first_line(error)} Go on from a checkpoint with a lower --micro_batch_tokens"
     except KeyboardInterrupt:
         text = "stopped"
-    else:
-        return 0
     if text:
         print(f"dpo_train.py{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
-    if flags.output_dir:
+    if flags and flags.output_dir:
         with contextlib.suppress(OSError):
             os.rmdir(flags.output_dir)  # only if nothing has been written
     return 1
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # into a pipe or a file, too, a line comes when it is said
-    sys.exit(main())
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a line comes when it is said, also in a pipe
+    sys.stderr.reconfigure(errors="backslashreplace")
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,13 @@
-"""From a micro-batch of token trees to the losses of its pairs.
+"""From the log-probabilities of pairs to their losses, and from a micro-batch of token trees to log-probabilities.
 
-In the order of the computation: `ResponseScorer` runs a language model over the trees, in which attention keeps each
-response from seeing the other ones; `response_logps` sums log pi(y|x) without ever holding the [tokens, vocabulary]
-logits; `dpo_loss` makes a loss of each pair, by one of the formulas in `LOSSES`.
+`dpo_loss` makes a loss of each pair, by one of the formulas in `LOSSES`. The log-probabilities come from
+`ResponseScorer`: a language model over token trees, in which `tree_attention` lets a response see its prompt and itself,
+and `response_logps`, which sums log pi(y|x) without ever holding the [tokens, vocabulary] logits.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,229 +16,6 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import logsigmoid
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-# Tokens and words of one tile of logits, on a CPU (docs/performance.md has what was tried) and on a GPU.
-TILES = {"cpu": (1024, 4096), "cuda": (2048, 8192)}
-# FlashAttention takes fewer key heads as they come; torch's function asks to be told so from 2.13 on.
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model over the trees
-
-
-class ResponseScorer(torch.nn.Module):
-    """A causal language model that maps a micro-batch to the log-probabilities of its responses.
-
-    A module of its own, so that what accelerate puts around a model's forward (autocast, DDP) holds for all of it.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: dict) -> torch.Tensor:
-        """[M] log pi(y|x) in nats, float64, of the M responses of a micro-batch as `TreeCollator` makes it."""
-        head = self.model.get_output_embeddings().weight  # [V, H]
-        device = head.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
-        if self.model.config._attn_implementation == "tree":
-            attention = {"attention_mask": None, "tree": plan_attention(batch["segments"], dtype, device)}
-        else:
-            attention = {"attention_mask": tree_mask(batch["branch_ids"], batch["tree_ids"], dtype)}  # [R, 1, T, T]
-        hidden = self.model.base_model(
-            input_ids=batch["input_ids"],  # [R, T]
-            position_ids=batch["position_ids"],
-            use_cache=False,
-            **attention,
-        ).last_hidden_state  # [R, T, H]
-        hidden = hidden.flatten(0, 1).index_select(0, batch["predictor_index"])  # [N, H]
-        n_responses = len(batch["response_lengths"])
-        return response_logps(hidden, head, batch["target_ids"], batch["response_index"], n_responses, dtype)
-
-
-def tree_mask(branch_ids: torch.Tensor, tree_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The additive attention mask of token trees, [R, 1, T, T]: 0 where a query may attend, else the dtype's minimum.
-
-    Args:
-        branch_ids, tree_ids: [R, T], as in `TreeCollator`. Padding sees padding: no row of the softmax is empty.
-        dtype: that of the attention scores. Additive, because a bool mask is silently wrong under `eager`.
-    """
-    n = branch_ids.shape[1]
-    not_later = torch.ones(n, n, dtype=torch.bool, device=branch_ids.device).tril()
-    same_tree = tree_ids[:, :, None] == tree_ids[:, None]
-    # The one idea: a token sees the earlier tokens of its own branch and of its tree's prompt, which is branch 0.
-    can_attend = not_later & same_tree & ((branch_ids[:, None] == 0) | (branch_ids[:, None] == branch_ids[:, :, None]))
-    aligned = -(-n // 8) * 8  # CUDA's kernels copy a mask whose rows are not aligned, once in each layer
-    mask = torch.zeros(len(branch_ids), n, aligned, dtype=dtype, device=branch_ids.device)[:, :, :n]
-    return mask.masked_fill_(~can_attend, torch.finfo(dtype).min)[:, None]
-
-
-def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
-    """Attention of one row of token trees, without a [T, T] mask: a prompt sees itself, a response also its prompt.
-
-    transformers calls this in each layer, with query [1, heads, T, D] and key and value [1, key heads, T, D], and hands
-    `tree` (from `plan_attention`) through. Without it, when generating, it is sdpa.
-    """
-    if tree is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave float32 behind
-    return tree(query, key, value, scaling), None  # [1, T, heads, D]
-
-
-AttentionInterface.register("tree", tree_attention)
-
-
-def plan_attention(segments: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> Callable:
-    """How to attend in a micro-batch, made once for all its layers: a function of query, key, value and scaling."""
-    if device.type == "cuda" and dtype.itemsize == 2:  # the kernel knows no float32
-        return partial(_attend_at_once, _gather_plan(segments, device))
-    plan = []
-    for start, end, prompt_start, prompt_end in segments:
-        n_prompt, n_own, mask = prompt_end - prompt_start, end - start, None
-        if n_prompt:  # a response's queries see the whole prompt and, of the response, what is not later
-            later = torch.ones(n_own, n_prompt + n_own, dtype=torch.bool, device=device).triu(n_prompt + 1)
-            mask = torch.zeros(later.shape, dtype=dtype, device=device).masked_fill_(later, torch.finfo(dtype).min)
-        plan.append((slice(start, end), slice(prompt_start, prompt_end), mask))
-    return partial(_attend_by_segment, plan)
-
-
-def _attend_by_segment(plan, query, key, value, scaling) -> torch.Tensor:
-    outputs = []
-    for own, prompt, mask in plan:
-        keys, values = key[:, :, own], value[:, :, own]
-        if mask is not None:
-            keys = torch.cat([key[:, :, prompt], keys], 2)
-            values = torch.cat([value[:, :, prompt], values], 2)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, own], keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
-        )
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
-
-
-def _gather_plan(segments: list[tuple[int, int, int, int]], device: torch.device) -> tuple:
-    """Queries stay as they are, keys are gathered as [prompt | prompt, response 1 | prompt, response 2 ...]."""
-    keys = [np.r_[prompt_start:prompt_end, start:end] for start, end, prompt_start, prompt_end in segments]
-    n_queries, n_keys = [end - start for start, end, *_ in segments], [len(index) for index in keys]
-    numbers = torch.from_numpy(np.concatenate([*keys, [0], np.cumsum(n_queries), [0], np.cumsum(n_keys)]))
-    if device.type == "cuda":  # from pinned memory, the copy waits for nothing
-        numbers = numbers.pin_memory().to(device, non_blocking=True)
-    key_index, query_ends, key_ends = numbers.split([sum(n_keys), len(segments) + 1, len(segments) + 1])
-    return key_index, query_ends.int(), key_ends.int(), max(n_queries), max(n_keys)
-
-
-def _attend_at_once(plan, query, key, value, scaling) -> torch.Tensor:
-    """All segments in one call of torch's kernel. Never run on a GPU by us yet: a test has emulated the kernel."""
-    key_index, query_ends, key_ends, max_queries, max_keys = plan
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    keys, values = key.index_select(0, key_index), value.index_select(0, key_index)
-    return varlen_attn(
-        query.contiguous(), keys, values, query_ends, key_ends, max_queries, max_keys,
-        scale=scaling, window_size=(-1, 0), **GQA,
-    )[None]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities of the responses
-
-
-def response_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target_ids: torch.Tensor,
-    response_index: torch.Tensor,
-    n_responses: int,
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Summed log-probabilities of responses: log pi(y|x) = sum over t of log softmax(W h_t)[y_t].
-
-    Args:
-        hidden: [N, H] the hidden states that predict the N response tokens.
-        weight: [V, H] the LM head.
-        target_ids: [N] the response tokens.
-        response_index: [N] which of the M responses each token belongs to.
-        n_responses: M.
-        compute_dtype: of the matrix products (None: hidden's). The log-softmax is float32, or hidden's if wider.
-
-    Returns:
-        [M] in nats, float64: in float32, sums around -1,000 are 1e-4 apart, which shows in the loss's fifth digit.
-    """
-    token_logps = _TokenLogps.apply(hidden, weight, target_ids, compute_dtype or hidden.dtype)  # [N]
-    zeros = token_logps.new_zeros(n_responses, dtype=torch.float64)
-    return zeros.index_add(0, response_index, token_logps.double())
-
-
-class _TokenLogps(torch.autograd.Function):
-    """[N] log-probabilities of the target tokens, in tiles of tokens by vocabulary.
-
-    The forward pass keeps the logsumexp of each token, the backward pass computes the logits of each tile once more:
-    d logp / d logit_v = [v is the target] - softmax_v. The largest thing that ever exists is the weight's gradient.
-    Nothing in here asks the GPU for a value.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target_ids, compute_dtype):
-        ctx.dtypes = hidden.dtype, weight.dtype
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
-        logsumexp = torch.full(target_ids.shape, -torch.inf, dtype=exact, device=hidden.device)
-        target_logit = torch.zeros_like(logsumexp)
-        for tokens, words, logits, _ in _tiles(hidden, weight, exact):
-            column, inside = _column_of_target(target_ids[tokens], words)
-            target_logit[tokens] += logits.gather(1, column).squeeze(1) * inside
-            top = logits.amax(1)
-            tile_logsumexp = logits.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
-            logsumexp[tokens] = torch.logaddexp(logsumexp[tokens], tile_logsumexp)
-        ctx.save_for_backward(hidden, weight, target_ids, logsumexp)
-        return target_logit - logsumexp
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, target_ids, logsumexp = ctx.saved_tensors
-        exact = logsumexp.dtype
-        grad = grad.to(exact)
-        grad_hidden = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
-        for tokens, words, logits, low in _tiles(hidden, weight, exact):
-            scale = grad[tokens, None]
-            column, inside = _column_of_target(target_ids[tokens], words)
-            grad_logits = logits.sub_(logsumexp[tokens, None]).exp_().mul_(-scale)
-            grad_logits.scatter_add_(1, column, scale * inside[:, None])
-            low.copy_(grad_logits)  # the products below are in compute_dtype, their sums over tiles are exact
-            if grad_hidden is not None:
-                grad_hidden[tokens] += low @ weight[words]
-            if grad_weight is not None:
-                grad_weight[words] += low.T @ hidden[tokens]
-        grads = zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
-        return *(None if tensor is None else tensor.to(dtype) for tensor, dtype in grads), None, None
-
-
-def _tiles(hidden: torch.Tensor, weight: torch.Tensor, exact: torch.dtype) -> Iterator[tuple]:
-    """Slices of tokens and of vocabulary; their logits in `exact`, and a buffer of that shape in hidden's dtype.
-
-    All tiles live in the same two buffers (one, where the dtypes agree): done with before the next one.
-    """
-    n_tokens, n_words = len(hidden), len(weight)
-    tile_tokens, tile_words = TILES[hidden.device.type]
-    size = min(n_tokens, tile_tokens) * min(n_words, tile_words)
-    low_buffer = hidden.new_empty(size)
-    exact_buffer = low_buffer if hidden.dtype == exact else low_buffer.to(exact)
-    for word in range(0, n_words, tile_words):
-        words = slice(word, min(word + tile_words, n_words))
-        for token in range(0, n_tokens, tile_tokens):
-            tokens = slice(token, min(token + tile_tokens, n_tokens))
-            shape = tokens.stop - tokens.start, words.stop - words.start
-            low, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (low_buffer, exact_buffer))
-            torch.mm(hidden[tokens], weight[words].T, out=low)
-            yield tokens, words, logits.copy_(low), low
-
-
-def _column_of_target(target_ids: torch.Tensor, words: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each token's target in this tile, [n, 1], and whether it is there at all, [n]; if not, column 0 stands in."""
-    inside = (target_ids >= words.start) & (target_ids < words.stop)
-    return torch.where(inside, target_ids - words.start, 0)[:, None], inside
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of the pairs
@@ -307,3 +84,207 @@ def dpo_loss(
         losses = losses - sft_weight * policy_chosen_logps / chosen_lengths
     # Eq. 5's reward, beta * log-ratio; its part that depends on the prompt alone cancels in a pair.
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model over the trees
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype` over float32 weights; with float32, nothing changes."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+class ResponseScorer(torch.nn.Module):
+    """A causal language model that maps a micro-batch to the log-probabilities of its responses.
+
+    A module of its own, so that all that is computed lies in the one forward pass which DDP wraps.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, batch: dict[str, torch.Tensor], tree: "TreePlan") -> torch.Tensor:
+        """[M] log pi(y|x) in nats, float64, of the M responses of a micro-batch (see `TreeCollator`)."""
+        head = self.model.get_output_embeddings().weight  # [V, H]
+        with autocast(head.device, self.dtype):
+            hidden = self.model.get_decoder()(
+                input_ids=batch["input_ids"],  # [1, T]
+                position_ids=batch["position_ids"],
+                attention_mask=None,
+                use_cache=False,
+                tree=tree,
+            ).last_hidden_state  # [1, T, H]
+            hidden = hidden[0].index_select(0, batch["predictor_index"])  # [N, H]
+        n_responses = len(batch["response_lengths"])
+        return response_logps(hidden, head, batch["target_ids"], batch["response_index"], n_responses, self.dtype)
+
+
+def response_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    response_index: torch.Tensor,
+    n_responses: int,
+    compute_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Summed log-probabilities of responses: log pi(y|x) = sum over t of log softmax(W h_t)[y_t].
+
+    Args:
+        hidden: [N, H] the hidden states that predict the N response tokens.
+        weight: [V, H] the LM head.
+        target_ids: [N] the response tokens.
+        response_index: [N] which of the M responses each token belongs to.
+        n_responses: M.
+        compute_dtype: of the matrix products. The log-softmax is float32, or hidden's dtype if that is wider.
+
+    Returns:
+        [M] in nats, float64: in float32, sums around -1,000 are 1e-4 apart, which shows in the loss's fifth digit.
+    """
+    token_logps = TokenLogps.apply(hidden, weight, target_ids, compute_dtype)  # [N]
+    zeros = token_logps.new_zeros(n_responses, dtype=torch.float64)
+    return zeros.index_add(0, response_index, token_logps.double())
+
+
+TILE_WORDS = 4096  # of the vocabulary, whose logits exist at the same time (docs/performance.md has what was tried)
+
+
+class TokenLogps(torch.autograd.Function):
+    """[N] log-probabilities of the target tokens, by tiles of the vocabulary.
+
+    The forward pass keeps the logsumexp of each token, the backward pass computes the logits of each tile once more:
+    d logp / d logit_v = [v is the target] - softmax_v. The largest thing that ever exists is the weight's gradient.
+    Nothing in here asks the GPU for a value.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target_ids, compute_dtype):
+        ctx.dtypes = hidden.dtype, weight.dtype
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
+        logsumexp = torch.full(target_ids.shape, -torch.inf, dtype=exact, device=hidden.device)  # [N]
+        target_logit = torch.zeros_like(logsumexp)
+        for start in range(0, len(weight), TILE_WORDS):
+            logits = hidden @ weight[start : start + TILE_WORDS].T  # [N, words]
+            column, is_here = _column_of_target(target_ids, start, logits.shape[1])
+            target_logit += logits.gather(1, column).squeeze(1) * is_here
+            # By one fused kernel, straight from bf16: log_softmax is logit - logsumexp, here of the tile's first word.
+            of_tile = logits[:, 0] - logits.log_softmax(1, dtype=exact)[:, 0]
+            logsumexp = torch.logaddexp(logsumexp, of_tile)
+        ctx.save_for_backward(hidden, weight, target_ids, logsumexp)
+        return target_logit - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, target_ids, logsumexp = ctx.saved_tensors
+        exact = logsumexp.dtype
+        minus_grad = -grad.to(exact)[:, None]  # [N, 1]
+        grad_hidden = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(weight), TILE_WORDS):
+            tile = weight[start : start + TILE_WORDS]
+            logits = hidden @ tile.T  # [N, words]
+            column, is_here = _column_of_target(target_ids, start, logits.shape[1])
+            softmax = torch.sub(logits, logsumexp[:, None]).exp_()  # in `exact`
+            softmax.scatter_add_(1, column, -is_here[:, None].to(exact))
+            grad_logits = torch.mul(softmax, minus_grad, out=logits)  # rounded once, for the two products
+            if grad_hidden is not None:
+                grad_hidden += grad_logits @ tile
+            if grad_weight is not None:
+                grad_weight[start : start + TILE_WORDS] = grad_logits.T @ hidden
+        grads = zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
+        return *(None if tensor is None else tensor.to(dtype) for tensor, dtype in grads), None, None
+
+
+def _column_of_target(target_ids: torch.Tensor, start: int, n_words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's target in this tile, [N, 1], and whether it is there at all, [N]; if not, column 0 stands in."""
+    is_here = (target_ids >= start) & (target_ids < start + n_words)
+    return torch.where(is_here, target_ids - start, 0)[:, None], is_here
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@dataclass
+class TreePlan:
+    """How to attend in a micro-batch, made once for all layers and for all passes over it.
+
+    Its S segments are the prompts and the responses, in the row's order. The keys of a prompt are its own tokens, those
+    of a response its prompt's and then its own: [prompt | prompt, response 1 | prompt, response 2 ...].
+    """
+
+    key_index: torch.Tensor  # [K] position in the row of each of these keys
+    n_queries: list[int]  # [S] tokens of each segment
+    n_keys: list[int]  # [S] tokens that its last token sees
+    attend: Callable  # one of the two functions below
+    masks: list[torch.Tensor | None]  # [S] for `attend_by_segment`
+    query_ends: torch.Tensor  # [S + 1], and
+    key_ends: torch.Tensor  # [S + 1] sums from 0, for `attend_at_once`
+
+
+def plan_attention(
+    segments: Sequence[tuple[int, int, int, int]], device: torch.device, dtype: torch.dtype, attend: Callable
+) -> TreePlan:
+    """A plan from the `segments` of a micro-batch (see `TreeCollator`), for scores in `dtype`."""
+    keys = [np.r_[prompt_start:prompt_end, start:end] for start, end, prompt_start, prompt_end in segments]
+    n_queries, n_keys, masks = [end - start for start, end, _, _ in segments], [len(index) for index in keys], []
+    if attend is attend_by_segment:
+        for own, seen in zip(n_queries, n_keys, strict=True):
+            is_later = torch.ones(own, seen, dtype=torch.bool, device=device).triu(seen - own + 1)
+            is_prompt = own == seen  # plainly causal: no mask
+            masks.append(None if is_prompt else torch.zeros(own, seen, dtype=dtype, device=device).masked_fill_(
+                is_later, torch.finfo(dtype).min))  # fmt: skip
+    numbers = torch.from_numpy(np.concatenate([*keys, [0], np.cumsum(n_queries), [0], np.cumsum(n_keys)])).to(device)
+    key_index, query_ends, key_ends = numbers.split([sum(n_keys), len(segments) + 1, len(segments) + 1])
+    return TreePlan(key_index, n_queries, n_keys, attend, masks, query_ends.int(), key_ends.int())
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **others):
+    """Attention of one row of token trees, without a [T, T] mask: a prompt sees itself, a response also its prompt.
+
+    transformers calls this in each layer, with query [1, heads, T, D] and key and value [1, key heads, T, D], and hands
+    `tree` through. Without it, when generating, it is sdpa. Returns [1, T, heads, D].
+
+    Raises NotImplementedError for an attention that is more than softmax(q k) v, or that looks back less far.
+    """
+    if tree is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    window = others.pop("sliding_window", None)
+    if window is not None and window < max(tree.n_keys):
+        raise NotImplementedError(f"a layer of it looks back {window} tokens only, a pair has {max(tree.n_keys)}")
+    if unknown := [name for name, given in others.items() if given is not None and name not in HARMLESS]:
+        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not understood here")
+    # A prompt's keys get a gradient from each of its responses. Gathered before they are rounded to the dtype of the
+    # scores, these are summed in float32.
+    exact, dtype = torch.promote_types(value.dtype, torch.float32), value.dtype
+    keys, values = (x.to(exact).index_select(2, tree.key_index).to(dtype) for x in (key, value))
+    return tree.attend(tree, query.to(dtype), keys, values, scaling), None
+
+
+HARMLESS = ("position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states")
+AttentionInterface.register("tree", tree_attention)
+
+
+def attend_by_segment(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor:
+    """On any device, in any precision: a call of torch's attention for each prompt and each response."""
+    split = query.split(tree.n_queries, 2), keys.split(tree.n_keys, 2), values.split(tree.n_keys, 2), tree.masks
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        for q, k, v, mask in zip(*split, strict=True)
+    ]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def attend_at_once(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor:
+    """All segments in one call of FlashAttention, which needs a GPU and 16 bits; each run checks it before it trains."""
+    query, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, keys, values))  # [T, heads, D]
+    return varlen_attn(
+        query, keys, values, tree.query_ends, tree.key_ends, max(tree.n_queries), max(tree.n_keys),
+        scale=scaling, window_size=(-1, 0), **GROUPED,
+    )[None]  # fmt: skip
+
+
+# FlashAttention takes fewer key heads as they come; torch's function asks to be told so from 2.13 on.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
