@@ -176,6 +176,8 @@ def replacing(path):
 
 def write_report(run):
     """Write `report.md`: how the run went in words, then in numbers; answers before and after; how it was made."""
+    if "data" not in run.start:
+        raise PlotError(f"{run.folder}: no report, since the log does not say how the run started")
     model, data = run.flags.get("model_name_or_path", run.name), run.flags.get("dataset_name", "?")
     if run.flags.get("eval_only"):
         lines = [f"# {inline(run.flags['ref_model_name_or_path'])} (before) and {inline(model)} (after)"]
@@ -269,9 +271,9 @@ def shown(metrics, name):
 
 
 def with_error(metrics, name):
-    """The metric ± its standard error, where it has one."""
-    error = number(metrics.get(f"{name}_se"))
-    return shown(metrics, name) + (f" ± {error:.4f}" if error else "")
+    """The metric ± its standard error, where it has one above 0."""
+    value, error = shown(metrics, name), shown(metrics, f"{name}_se")
+    return value if value == "–" or error in ("–", "0.0000") else f"{value} ± {error}"
 
 
 def arrow(before, after, name):
@@ -291,7 +293,7 @@ def metrics_table(before, after, names):
 
 def groups_table(before, after):
     """One row for each domain, and for the pairs whose chosen response is the longer or the shorter one."""
-    lines = ["| before → after | pairs | " + " | ".join(LABELS[name] for name in HEADLINES) + " |"]
+    lines = ["| before → after | pairs | " + " | ".join(LABELS.get(name, name) for name in HEADLINES) + " |"]
     lines += ["|---|---:|" + "---:|" * len(HEADLINES)]
     for group in ("domains", "lengths"):
         for name, new in after[group].items():
@@ -301,24 +303,25 @@ def groups_table(before, after):
 
 
 def answers_side_by_side(before, after):
-    lines = ["", "## Answers to held-out prompts (greedy)"] if before["answers"] else []
+    lines = []
     for old, new in zip(before["answers"], after["answers"], strict=False):
         lines += ["", f"### {inline(old['domain']) or 'Prompt'}"]
-        texts = (old["prompt"], old["answer"], new["answer"], old["chosen"])
-        for name, text in zip(("Prompt", "Before", "After", "Preferred in the data"), texts, strict=True):
+        texts = {"Prompt": old["prompt"], "Before": old["answer"], "After": new["answer"]}
+        for name, text in (texts | {"Preferred in the data": old["chosen"]}).items():
             lines += ["", f"**{name}**", "", *fenced(text, "text")]
-    return lines
+    return ["", "## Answers to held-out prompts (greedy)", *lines] if lines else []
 
 
 def settings(run):
     """The command, the data, the time and the machine."""
     flags = [f"--{name} {shlex.quote(str(value))}" for name, value in run.flags.items() if value is not None]
     yield from fenced(" ".join(["python dpo_train.py", *flags]), "sh")
-    yield from ["", *fenced(str(run.start.get("data", "")), "text"), ""]
+    yield from ["", *fenced(str(run.start["data"]), "text"), ""]
     speeds = [record["pairs_per_second"] for record in run.records if number(record.get("pairs_per_second"))]
     minutes = run.seconds / 60
     facts = [f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"]
     facts += [f"{median(speeds):.3g} pairs/s"] if speeds else []
+    facts += [f"micro-batches of {run.start['micro_batch_tokens']} tokens"] if "micro_batch_tokens" in run.start else []
     facts += [inline(run.start[name]) for name in ("device", "versions") if name in run.start]
     yield ", ".join(facts) + "."
 
@@ -378,6 +381,8 @@ def draw(figure, runs):
     n_rows = math.ceil(len(titles) / 2)
     figure.set_size_inches(8, 3 * n_rows + 0.2 * (len(runs) - 1))
     panels = dict(zip(titles, figure.subplots(n_rows, 2, sharex=True).flat, strict=False))
+    for unused in figure.axes[len(titles) :]:
+        unused.remove()
     several = len(runs) > 1
     run_colors = [RUN_COLORS[i % len(RUN_COLORS)] for i in range(len(runs))]
     for panel, label, field, curve_color, look in CURVES:
@@ -472,7 +477,7 @@ def main(argv=None):
         output = arguments.output or folder / "loss.png"
         plot_runs(runs, output)
         print(output)
-        if len(runs) == 1 and runs[0].flags and not arguments.output:
+        if len(runs) == 1 and "data" in runs[0].start and not arguments.output:  # an older log says too little
             write_report(runs[0])
             print(folder / "report.md")
     except (PlotError, OSError) as error:
