@@ -1,15 +1,13 @@
-"""plot_loss.py: what it reads, what it refuses and how, and what is in the picture."""
+"""plot_loss.py: what it reads, what it refuses and how, and what is in the report and in the picture."""
 
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from statistics import correlation, fmean, stdev
-from xml.etree import ElementTree
+from statistics import fmean, stdev
 
 import pytest
 from fontTools.ttLib import TTFont
@@ -17,11 +15,11 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from plot_loss import main, plot_runs, read_run
+import plot_loss
+from plot_loss import PlotError, main, read_run, write_results
 
-LOSS, ACCURACY, REWARDS, LOGPS = range(1, 5)  # the panels
 LN_2 = math.log(2)
-BLUE, VERMILLION, GREEN, BLACK, GREY = "#0072b2", "#d55e00", "#009e73", "#000000", "#595959"
+BLUE, VERMILLION, BLACK, GREY = plot_loss.BLUE, plot_loss.VERMILLION, plot_loss.BLACK, plot_loss.GREY
 
 
 @pytest.fixture(autouse=True)
@@ -56,72 +54,66 @@ def draw(tmp_path, *runs):
     return (tmp_path / "picture.svg").read_text(encoding="utf-8")
 
 
-def curves(svg, panel):
-    """What is drawn in a panel: a list of (look and color, heights); heights grow downwards."""
-    found = []
-    for group in ElementTree.fromstring(svg).find(f".//*[@id='axes_{panel}']"):
-        if not group.get("id").startswith("line2d") or not len(group):
-            continue
-        path, points = group.find("{*}path"), group.findall(".//{*}use")
-        style = (points[0] if path is None else path).get("style")
-        looks = {"points": path is None, "pale": "opacity: 0.35" in style, "dotted": "dasharray: 2," in style,
-                 "dashed": "dasharray: 7" in style, "solid": True}  # fmt: skip
-        look = next(name for name, applies in looks.items() if applies)
-        heights = [point.get("y") for point in points] or re.findall(r"[ML] \S+ (\S+)", path.get("d"))
-        found.append((f"{look} {re.search('stroke: (#......)', style)[1]}", [float(y) for y in heights]))
-    return found
+def curves(*folders):
+    """For each panel, what is drawn in it: {color, line style and paleness: values}."""
+    figure = Figure()
+    plot_loss.draw(figure, [read_run(folder) for folder in folders])
+    return [
+        {f"{line.get_color()} {line.get_linestyle()}{' pale' * bool(line.get_alpha())}": list(line.get_ydata())
+         for line in axes.lines if len(line.get_xdata())}
+        for axes in figure.axes
+    ]  # fmt: skip
 
 
 # ---- reading
 
 
-def test_values_that_cannot_be_drawn_are_skipped(tmp_path, capsys):
-    lines = ['{"step": 1, "loss": NaN}', '{"step": 2, "loss": null}', '{"step": 4, "loss": "0.4"}', '{"loss": 9}', "",
-             '{"step": 3, "loss": 0.5, "rewards/margins": -Infinity, "note": 1}', '{"step": null, "loss": 9}',
-             '{"step": 5.0, "loss": 0.3}\r']  # fmt: skip
-    write_run(tmp_path / "run", []).joinpath("metrics.jsonl").write_text("\n".join(lines))
-    for path in (tmp_path / "run", tmp_path / "run" / "metrics.jsonl"):
-        run = read_run(path)
-        assert (run.name, run.series) == ("run", {"loss": {3: 0.5, 5: 0.3}})
-    assert capsys.readouterr().err == ""  # nor is a blank line worth a warning
-
-
-@pytest.mark.parametrize("rest", [b'{"step": 20, "lo', '{"step": 20, "note": "半'.encode()[:-1], b"\0\0\0\0"])
-def test_half_written_last_line_does_no_harm(tmp_path, capsys, rest):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10, "loss": 0.6}\n' + rest)
-    assert read_run(tmp_path).series == {"loss": {10: 0.6}}
-    assert capsys.readouterr().err == ""
-
-
-def test_broken_lines_in_the_middle_are_skipped_with_one_warning(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("content", "series"),
+    [
+        (b'{"step": 1, "loss": NaN}\n{"step": 2, "loss": null}\n{"step": 4, "loss": "0.4"}\n{"loss": 9}\n\n'
+         b'{"step": 3, "loss": 0.5, "rewards/margins": -Infinity, "note": 1}\n{"step": null, "loss": 9}\n'
+         b'{"step": 5.0, "loss": 0.3}\r', {"loss": {3: 0.5, 5: 0.3}}),  # nor is a blank line worth a warning
+        (b'{"step": 10, "loss": 0.6}\n{"step": 20, "lo', {"loss": {10: 0.6}}),  # half-written
+        ('{"step": 10, "loss": 0.6}\n{"step": 20, "note": "半'.encode()[:-1], {"loss": {10: 0.6}}),
+        (b'{"step": 10, "loss": 0.6}\n\0\0\0\0', {"loss": {10: 0.6}}),
+        (b'{"step": 30, "loss": 1}\n{"step": 10, "loss": 2}\n{"step": 30, "loss": 3}', {"loss": {10: 2.0, 30: 3.0}}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_skipped(tmp_path, capsys, content, series):
     log = tmp_path / "metrics.jsonl"
-    log.write_bytes(b'{"step": 10, "loss": 0.6}\n{"step": 20, "l\n{"step": 30, "loss": 0.5}\n[1]\n\xff\n{"step": 40}\n')
-    assert read_run(tmp_path).series == {"loss": {10: 0.6, 30: 0.5}}
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and f"{log}, line 2: " in warning and "3 such lines" in warning
+    log.write_bytes(content)
+    for path in (tmp_path, log):
+        run = read_run(path)
+        assert (run.name, run.series) == (tmp_path.name, series)
+        assert list(run.series["loss"]) == sorted(series["loss"])
+    assert capsys.readouterr().err == ""
+    log.write_bytes(b'\n{"step": 20, "l\n[1]\n\xff\n' + content)  # broken lines that are not the last
+    assert read_run(log).series == series
+    reason = "no JSON object (3 such lines skipped)"
+    assert capsys.readouterr().err == f"warning: {log}, line 2: {reason}\n"
 
 
 def test_resume_drops_what_belongs_to_lost_weights(tmp_path):
-    lines = [{"step": step, "loss": 1.0, "eval_loss": 2.0} for step in (10, 20, 25, 30, 35)]
-    lines += [{"step": 20, "event": "resumed"}, {"step": 30, "loss": 0.5}, {"step": 30, "loss": 0.4}]
-    run = read_run(write_run(tmp_path, lines))
+    lines = [{"event": "eval", "step": step, "time": step, "loss": 1.0, "eval_loss": 2.0} for step in (10, 20, 25, 35)]
+    lines += [{"step": 20, "event": "resumed", "time": 900}, {"step": 30, "time": 905, "loss": 0.5}]
+    run = read_run(write_run(tmp_path, [*lines, {"step": 30, "loss": 0.4}]))
     assert run.series == {"loss": {10: 1.0, 20: 1.0, 30: 0.4}, "eval_loss": {10: 2.0, 20: 2.0}}  # 30: the last counts
-    run = read_run(write_run(tmp_path, [{"step": step, "loss": float(i)} for i, step in enumerate((10, 30, 20, 10))]))
-    assert list(run.series["loss"].items()) == [(10, 3.0), (20, 2.0), (30, 1.0)]
+    assert (len(run.evaluations), run.seconds) == (2, 25 + 5)
 
 
-def test_trainer_state_of_the_newest_checkpoint(tmp_path, capsys):
+def test_trainer_state_of_the_newest_checkpoint(tmp_path):
     for n in (90, 100, 20):  # as text, "90" and "20" would come after "100"
+        folder = write_run(tmp_path / "hf" / f"checkpoint-{n}", [])
         history = [{"step": n, "loss": float(n), "rewards/chosen": 0.1}, {"step": n, "eval_loss": 0.5}]
-        folder = tmp_path / "hf" / f"checkpoint-{n}"
-        folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": n, "log_history": history}, indent=2))
+        (folder / "metrics.jsonl").unlink()
     run = read_run(tmp_path / "hf")
     assert run.name == "hf"
     assert run.series == {"loss": {100: 100.0}, "rewards/chosen": {100: 0.1}, "eval_loss": {100: 0.5}}
     assert read_run(folder / "trainer_state.json").series["loss"] == {20: 20.0}
     assert main([str(tmp_path / "hf")]) == 0
-    assert (tmp_path / "hf" / "loss.png").is_file()
+    assert (tmp_path / "hf" / "loss.png").is_file() and not (tmp_path / "hf" / "report.md").exists()
     (tmp_path / "hf" / "trainer_state.json").write_text('{"log_history": [{"step": 120, "loss": 0.25}]}')
     assert read_run(tmp_path / "hf").series == {"loss": {120: 0.25}}
 
@@ -129,95 +121,80 @@ def test_trainer_state_of_the_newest_checkpoint(tmp_path, capsys):
 # ---- the picture
 
 
-def test_one_run_has_all_curves_at_their_heights(tmp_path, capsys):
+def test_one_run_has_all_curves(tmp_path, capsys):
     lines = dpo_lines()
-    svg = draw(tmp_path, write_run(tmp_path / "run", lines))
-    end = "120 steps, loss 0.6831 -> 0.5631, held-out loss 0.6931 -> 0.3466, accuracy 0.5250 -> 0.8250\n"
-    assert capsys.readouterr() == (f"{tmp_path}/picture.svg: run, {end}", "")
-    expected = {
-        LOSS: {"loss": f"solid {BLUE}", "eval_loss": f"points {VERMILLION}"},
-        ACCURACY: {"rewards/accuracies": f"solid {BLUE}", "eval_rewards/accuracies": f"points {VERMILLION}"},
-        REWARDS: {"rewards/margins": f"dotted {BLACK}", "rewards/chosen": f"solid {BLUE}",
-                  "rewards/rejected": f"dashed {VERMILLION}"},
-        LOGPS: {"logps/chosen": f"solid {BLUE}", "logps/rejected": f"dashed {VERMILLION}"},
-    }  # fmt: skip
-    for panel, looks in expected.items():
-        drawn = curves(svg, panel)
-        all_values, all_heights = [], []
-        for field, look in looks.items():
-            as_logged = look if "points" in look else f"pale {look[-7:]}"
-            assert look in dict(drawn), field  # smoothed, or points
-            all_values += [line[field] for line in lines if field in line]
-            all_heights += dict(drawn)[as_logged]
-        assert correlation(all_values, all_heights) == pytest.approx(-1)  # one scale for all curves of the panel
+    run = write_run(tmp_path / "run", lines)
+    svg = draw(tmp_path, run)
+    assert capsys.readouterr() == (f"{tmp_path}/picture.svg\n", "")
+    words = ("loss", "accuracy", "training", "held-out", "ln 2", "chance", "margin", "chosen", "rejected", "run")
+    assert [word for word in words if f">{word}<" not in svg] == []
+    for drawn, fields in zip(curves(run), (
+        {"loss": f"{BLUE} -", "eval_loss": f"{VERMILLION} None"},
+        {"rewards/accuracies": f"{BLUE} -", "eval_rewards/accuracies": f"{VERMILLION} None"},
+        {"rewards/margins": f"{BLACK} :", "rewards/chosen": f"{BLUE} -", "rewards/rejected": f"{VERMILLION} --"},
+        {"logps/chosen": f"{BLUE} -", "logps/rejected": f"{VERMILLION} --"},
+    ), strict=True):  # fmt: skip
+        for field, look in fields.items():
+            logged = [line[field] for line in lines if field in line]
+            pale = look.replace(" :", " -").replace("--", "-") + " pale"  # as logged, behind the smoothed curve
+            assert look in drawn and drawn[look if "None" in look else pale] == logged, field
 
 
 def test_long_curves_are_smoothed(tmp_path):
     noise = [1.0, -1.0, -1.0, 1.0] * 25
-    svg = draw(tmp_path, write_run(tmp_path / "long", [{"step": i, "loss": 5 + x} for i, x in enumerate(noise)]))
-    (_, logged), (_, smoothed) = curves(svg, LOSS)
-    assert correlation(noise, logged) == pytest.approx(-1)
+    loss, *_ = curves(write_run(tmp_path / "long", [{"step": i, "loss": 5 + x} for i, x in enumerate(noise)]))
+    logged, smoothed = loss[f"{BLUE} - pale"], loss[f"{BLUE} -"]
+    assert logged == [5 + x for x in noise]
     assert smoothed[0] == logged[0]  # no mixture with zero
     assert stdev(smoothed[50:]) < stdev(logged) / 2
     assert fmean(smoothed[50:]) == pytest.approx(fmean(logged), rel=0.02)
-    svg = draw(tmp_path, write_run(tmp_path / "short", [{"step": i, "loss": 5 + x} for i, x in enumerate(noise[:9])]))
-    ((look, logged),) = curves(svg, LOSS)
-    assert look == f"solid {BLUE}" and correlation(noise[:9], logged) == pytest.approx(-1)
+    loss, *_ = curves(write_run(tmp_path / "short", [{"step": i, "loss": 5 + x} for i, x in enumerate(noise[:9])]))
+    assert loss == {f"{BLUE} -": logged[:9]}
 
 
-@pytest.mark.parametrize(("start", "label"), [(1.0, "start 1.0000"), (0.6931472, "ln 2"), (None, "ln 2")])
-def test_a_line_where_dpo_starts(tmp_path, start, label):
-    lines = dpo_lines(start=start or LN_2)
-    if start:
-        lines.insert(0, {"event": "start", "loss_at_start": start})
-    svg = draw(tmp_path, write_run(tmp_path / "run", lines))
-    assert f">{label}<" in svg and ">chance<" in svg
-    for panel in (LOSS, ACCURACY):
-        drawn = dict(curves(svg, panel))
-        assert drawn[f"solid {GREY}"] == pytest.approx([drawn[f"points {VERMILLION}"][0]] * 2, abs=0.001)
-
-
-def test_no_line_where_the_starts_differ_or_nothing_starts(tmp_path):
-    sigmoid = write_run(tmp_path / "sigmoid", dpo_lines())
-    hinge = write_run(tmp_path / "hinge", [{"event": "start", "loss_at_start": 1.0}, *dpo_lines(start=1.0)])
+def test_lines_where_dpo_starts(tmp_path):
+    starts = {"other": 1.0, "rounded": 0.6931472, "unsaid": None}
+    for name, start in starts.items():
+        first = [{"event": "start", "loss_at_start": start}] if start else []
+        write_run(tmp_path / name, [*first, *dpo_lines(start=start or LN_2)])
+        loss, accuracy, *_ = curves(tmp_path / name)
+        assert loss[f"{GREY} -"] == pytest.approx([start or LN_2] * 2) and accuracy[f"{GREY} -"] == [0.5] * 2
     sft = write_run(tmp_path / "sft", [{"step": step, "loss": 2.0 - step / 100} for step in range(1, 40)])
-    svg = draw(tmp_path, sigmoid, hinge)
+    svg = draw(tmp_path, tmp_path / "other", tmp_path / "unsaid")
     assert ">ln 2<" not in svg and ">start" not in svg and ">chance<" in svg
-    assert ">start 1.0000<" in draw(tmp_path, hinge, sft)
+    assert ">start 1.0000<" in draw(tmp_path, tmp_path / "other", sft)
     svg = draw(tmp_path, sft)
     assert svg.count("not logged<") == 3
     assert ">ln 2<" not in svg and ">chance<" not in svg and ">held-out<" not in svg
 
 
-def test_several_runs_in_one_picture(tmp_path, capsys):
+def test_several_runs_in_one_picture(tmp_path):
     names = ("beta_$1$", "_beta02", "b&<3>")
     folders = [write_run(tmp_path / name, dpo_lines(steps)) for name, steps in zip(names, (60, 120, 130), strict=True)]
     svg = draw(tmp_path, *folders)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and all(f"{name}, " in printed for name in names)
-    words = ("beta_$1$", "_beta02", "b&amp;&lt;3&gt;", "ln 2", "chance", "training", "held-out", "margin", "chosen",
-             "rejected")  # fmt: skip
-    assert [word for word in words if f">{word}<" not in svg] == []
-    looks = [look for look, _ in curves(svg, REWARDS)]
-    for color in (BLUE, VERMILLION, GREEN):
-        assert {f"dotted {color}", f"solid {color}", f"dashed {color}"} <= set(looks)
-    assert len(looks) == 3 + 6 + 6  # too short to smooth; pale and smoothed
-    assert BLUE not in svg[svg.index('id="legend_1"') : svg.index('id="axes_2"')]  # "training" is no run
-
+    assert all(f">{name}<" in svg for name in ("beta_$1$", "_beta02", "b&amp;&lt;3&gt;", "margin", "training"))
+    assert BLUE not in svg[svg.index('id="legend_1"') : svg.index('id="axes_2"')].lower()  # "training" is no run
+    rewards = curves(*folders)[2]
+    looks = {f"{color} {look}" for color in (BLUE, VERMILLION, "#009E73") for look in ("-", "--", ":")}
+    assert looks < set(rewards) and {look[8:] for look in rewards} == {"-", "--", ":", "- pale"}
     again = write_run(tmp_path / "elsewhere" / "b&<3>", dpo_lines())
     svg = draw(tmp_path, folders[2], again)
     assert all(f">{path}<".replace("b&<3>", "b&amp;&lt;3&gt;") in svg for path in (folders[2], again))
 
 
-def test_other_formats_and_default_places(tmp_path, monkeypatch):
-    one, two = (write_run(tmp_path / name, [{"step": 1, "loss": 0.6}]) for name in ("one", "two"))
-    plot_runs([read_run(one)], one / "loss.png")
-    assert imread(one / "loss.png").shape[:2] == (1200, 1600)
-    assert main([str(one), "--output", str(tmp_path / "one.PDF")]) == 0
-    assert (tmp_path / "one.PDF").read_bytes().startswith(b"%PDF")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+def test_what_is_written_where(tmp_path, capsys, monkeypatch):
+    one, two, three = tmp_path / "one", write_run(tmp_path / "two", [{"step": 1, "loss": 0.6}]), tmp_path / "three.PDF"
+    _, report = report_of(one, START, evaluation(60, 0.55), END)
+    for name in ("report.md", "loss.png"):
+        (one / name).unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main([str(one), "--output", str(three)]) == 0
+    assert three.read_bytes().startswith(b"%PDF") and not (one / "report.md").exists()
     assert main([str(one), str(two)]) == 0
+    assert main([str(one)]) == 0
+    assert capsys.readouterr().out == f"{three}\nloss.png\n{one}/loss.png\n{one}/report.md\n"
+    assert imread(one / "loss.png").shape[:2] == (1200, 1600)
+    assert (one / "report.md").read_text(encoding="utf-8") == report
     assert Path("loss.png").is_file() and not (two / "loss.png").exists()
 
 
@@ -241,13 +218,124 @@ def test_chinese_name(tmp_path, capsys, caplog, monkeypatch):
     assert capsys.readouterr().err == "" and caplog.messages == []
 
 
+# ---- the report
+
+GOOD = {"n_tokens": 20, "stopped": True, "repetition": 0.04, "domain": "a|b", "prompt": "hi", "answer": "ho",
+        "chosen": "`x`\n```\ny"}  # fmt: skip
+BAD = GOOD | {"stopped": False, "repetition": 0.12}
+
+
+def evaluation(step, loss, accuracy=0.75, nll=2.0, **more):
+    """A record as the trainer writes it; the table "lengths" is left out."""
+    metrics = {"loss": loss, "loss_se": 0.02, "rewards/accuracies": accuracy, "rewards/accuracies_se": 0.05,
+               "logps/accuracies": 0.6, "rewards/margins": 1.5, "logps/chosen": -123.456, "nll_loss": nll,
+               "lengths/accuracies": 0.7}  # fmt: skip
+    groups = {name: {"pairs": 30, "prompts": 9, **metrics} for name in ("chat", "a|b")}
+    answers = [GOOD | {"answer": f"answer at {step}"}] * 6
+    record = {"event": "eval", "step": step, "domains": groups, "answers": answers}
+    record |= {"eval_pairs": 60, "eval_prompts": 18}
+    return record | {f"eval_{name}": value for name, value in metrics.items()} | more
+
+
+def report_of(folder, *records, **flags):
+    """The lines for the terminal, and the report."""
+    flags = {"model_name_or_path": "m", "dataset_name": "my pairs.jsonl", "ref_model_name_or_path": None, **flags}
+    start = {"event": "start", "step": 0, "time": 1e9, "flags": flags, "data": "60 pairs", "device": "CPU"}
+    lines = write_results(write_run(folder, [start, *records]))
+    return "\n".join(lines), (folder / "report.md").read_text(encoding="utf-8")
+
+
+START, END = evaluation(0, LN_2, 0.5), {"event": "end", "step": 60, "time": 1e9 + 5400}
+
+
+@pytest.mark.parametrize(
+    ("records", "said", "not_said"),
+    [
+        ([START, evaluation(60, 0.55), END],
+         ["The held-out loss fell: 0.6931 → 0.5500 ± 0.0200; accuracy 0.5000 → 0.7500 ± 0.0500.", "arxiv.org/abs/24",
+          "“The longer one is better” is right in 0.7000 of the pairs, the model in 0.7500 ± 0.0500.",
+          "to 6 held-out prompts: 20 → 20 tokens; 100% → 100% ended by themselves; 4% → 4% of"], ["**", "lowest"]),
+        ([START, evaluation(60, 0.55, answers=[BAD] + [GOOD] * 5), END], ["100% → 83% ended"], ["worse"]),
+        ([START, evaluation(60, 0.55, answers=[BAD] * 2 + [GOOD] * 4), END],
+         ["**Although the loss is better, the answers got worse: fewer come to an end.**"], ["repeat themselves"]),
+        ([START, evaluation(60, 0.75, answers=[GOOD | {"repetition": 0.2}] * 6), END],
+         ["**The held-out loss rose**", "**The answers got worse: they repeat themselves.**", "lowest at step 0"], []),
+        ([START, evaluation(20, 0.6, answers=[]), evaluation(60, 0.63), END],
+         ["**It has gone too far**: the held-out loss was lowest at step 20, 0.6000; the last is higher by 0.0300",
+          "fewer steps or a lower `--learning_rate`, or take checkpoint-25."], []),
+        ([START, evaluation(20, 0.6), evaluation(60, 0.61), END], ["lowest at step 20 of 60: 0.6000"], ["too far"]),
+        ([START, evaluation(60, 0.69), END], ["hardly changed"], ["loss fell", "loss rose"]),
+        ([START, evaluation(60, 0.5, nll=2.05), END], ["per token fell: -2.000 → -2.050"], ["far**"]),
+        ([START, evaluation(60, 0.5, nll=2.25), END], ["**fell far** (`--sft_weight 0.1`"], []),
+        ([START, evaluation(60, 0.5)], ["**The run is not finished**: its log ends at step 60."], []),
+        ([START, evaluation(60, None), END], ["**The held-out loss is not a number**"], ["gone too far"]),
+        ([{"step": 1, "loss": 0.6}, END], ["evaluated 0 times: nothing to compare"], ["finished"]),
+        ([START, evaluation(40, 0.3), {"event": "resumed", "step": 20}, evaluation(60, 0.6), END], ["0.6"], ["0.3"]),
+    ],
+)  # fmt: skip
+def test_how_a_run_went_in_words(tmp_path, monkeypatch, records, said, not_said):
+    monkeypatch.setattr(plot_loss, "plot_runs", lambda runs, output: None)  # takes a second
+    for n in (25, 60):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    terminal, report = report_of(tmp_path, *records)
+    words = report[: report.index("![")]
+    assert [text for text in said if text not in words or text.replace("**", "") not in terminal] == []
+    assert [text for text in not_said if text in words] == []
+
+
+def test_what_else_is_in_the_report(tmp_path):
+    speed = {"step": 30, "pairs_per_second": 2.5, "time": 1e9 + 60}
+    after = evaluation(60, 0.55) | {"eval_mine": 3.0, "eval_mine_se": 0.1, "eval_only_here": 1.0, "eval_broken": None}
+    after["domains"]["a|b"]["loss"] = None
+    terminal, report = report_of(tmp_path, START | {"eval_mine": 2.0, "eval_broken": 1.0}, speed, after, END, beta=0.1)
+    for text in ("| 60 pairs of 18 prompts | before |", "| loss (nats) | 0.6931 ± 0.0200 | 0.5500 ± 0.0200 |\n"):
+        assert text in terminal and text in report
+    for text in ("# m on my pairs.jsonl, 60 steps\n", "](loss.png)", "\n| mine | 2.0000 | 3.0000 ± 0.1000 |\n",
+                 "\n| logps/chosen | -123.46 | -123.46 |\n", "\n| a\\|b | 30 | 0.6931 → – | 0.5000 → 0.7500 ± 0.0500 |",
+                 "\n### a\\|b\n", "**Before**\n\n```text\nanswer at 0\n```\n\n**After**\n\n```text\nanswer at 60\n",
+                 "\n````text\n`x`\n```\ny\n````\n", "--dataset_name 'my pairs.jsonl' --beta 0.1\n", "60 pairs\n",
+                 "\n90.0 minutes, 2.5 pairs/s, CPU.\n"):  # fmt: skip
+        assert text in report, text
+    assert "only_here" not in report and "broken" not in report and "ref_model" not in report
+
+
+def test_comparison_of_two_models(tmp_path):
+    records = [START, evaluation(0, 0.55, answers=None), END | {"step": 0}]
+    terminal, report = report_of(tmp_path, *records, eval_only=True, ref_model_name_or_path="r")
+    assert report.startswith("# r (before) and m (after)\n\n- The held-out loss fell: 0.6931 → 0.5500 ± 0.0200;")
+    assert "](loss.png)" not in report and "## Answers" not in report and not (tmp_path / "loss.png").exists()
+
+
+def test_a_full_disk_costs_no_older_file_and_a_picture_no_report(tmp_path, capsys, monkeypatch):
+    def full_disk(self, path, **options):
+        Path(path).write_bytes(b"half a pict")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "loss.png").write_bytes(b"the old picture")
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    terminal, _ = report_of(tmp_path, START, evaluation(60, 0.55), END)
+    reason = f"{tmp_path}/loss.png: cannot be written (No space left on device)"
+    assert terminal.endswith(f"\n\nwarning: no picture ({reason})")
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"plot_loss.py: {reason}\n"
+    assert (tmp_path / "loss.png").read_bytes() == b"the old picture"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl", "report.md"]
+
+    (tmp_path / "report.md").unlink()
+    (tmp_path / "report.md").mkdir()
+    torn = write_run(tmp_path / "torn", [START])
+    cases = {tmp_path: "report.md: cannot be", tmp_path / "none": "neither a log", torn: "torn: no report, since"}
+    for folder, reason in cases.items():
+        with pytest.raises(PlotError, match=reason):
+            write_results(folder)
+
+
 # ---- refusals
 
 
 def test_refusals_are_one_line_and_no_traceback(tmp_path, capsys, monkeypatch):
     run = str(write_run(tmp_path / "run", dpo_lines()))
-    contents = {"empty.jsonl": b"\n", "picture.jsonl": b"\x89PNG\r\n\0\xff\n", "list.json": b"[1, 2]",
-                "other.jsonl": b'{"prompt": "x"}\n{"prompt": "y"}\n', "state.json": b'{"log_history": 5}',
+    contents = {"empty.jsonl": b"\n", "picture.jsonl": b"\x89PNG\r\n\0\xff\n", "state.json": b'{"log_history": 5}',
                 "young.jsonl": b'{"event": "start", "loss_at_start": 1.0}\n{"step": 0, "event": "resumed"}\n',
                 "deep.jsonl": b"[" * 100_000}  # fmt: skip
     for name, content in contents.items():
@@ -274,21 +362,6 @@ def test_refusals_are_one_line_and_no_traceback(tmp_path, capsys, monkeypatch):
         assert reason in printed.err
 
 
-def test_existing_picture_survives_a_failure(tmp_path, capsys, monkeypatch):
-    run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.6}])
-    (run / "loss.png").write_bytes(b"the old picture")
-
-    def full_disk(self, path, **options):
-        Path(path).write_bytes(b"half a pict")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", full_disk)
-    assert main([str(run)]) == 2
-    assert capsys.readouterr().err == f"plot_loss.py: {run}/loss.png: cannot be written (No space left on device)\n"
-    assert (run / "loss.png").read_bytes() == b"the old picture"
-    assert sorted(path.name for path in run.iterdir()) == ["loss.png", "metrics.jsonl"]
-
-
 def test_as_a_user_sees_it(tmp_path):
     """A folder's name that is no UTF-8, an ASCII terminal, a backend for windows without a display: all no matter."""
     name = os.fsdecode("学率".encode("gbk"))
@@ -302,3 +375,5 @@ def test_as_a_user_sees_it(tmp_path):
         printed, other = (result.stderr, result.stdout) if status else (result.stdout, result.stderr)
         assert printed.count("\n") == 1 and other == ""
     assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["loss.png", "metrics.jsonl"]
+    command = [sys.executable, "-c", "import plot_loss, sys; print({'torch', 'matplotlib'} & set(sys.modules))"]
+    assert subprocess.run(command, cwd=script.parent, capture_output=True, text=True).stdout == "set()\n"
