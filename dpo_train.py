@@ -136,7 +136,7 @@ class Flags:
     precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
     # logs and checkpoints
     logging_steps: Annotated[int, above(0)] = flag(10, "write metrics every this many steps (step 1 always)")
-    eval_steps: Annotated[int, at_least(0)] = flag(500, "evaluate every this many steps, and at start and end; 0: only there")
+    eval_steps: Annotated[int, at_least(0)] = flag(500, "evaluate every this many steps, and at both ends; 0: only so")
     save_steps: Annotated[int, at_least(0)] = flag(1000, "write a checkpoint every this many steps; 0: none")
     save_total_limit: Annotated[int, above(0)] = flag(2, "checkpoints to keep")
     resume_from_checkpoint: str | None = flag(None, "`latest` (of --output_dir) or a checkpoint's folder")
@@ -167,8 +167,8 @@ ELSEWHERE = {  # flags of TRL and transformers that are called otherwise here
     "fp16": "--mixed_precision bf16 or no", "max_prompt_length": "--max_length, of prompt and response together",
     "max_completion_length": "--max_length, of prompt and response together", "run_name": "--output_dir",
     "logging_dir": "--output_dir", "rpo_alpha": "--sft_weight", "pref_ftx": "--sft_weight", "pref_beta": "--beta",
-    "eval_strategy": "--eval_steps", "save_strategy": "--save_steps", "data_seed": "--seed", "cutoff_len": "--max_length",
-    "attn_implementation": "no such flag: there is one attention, over token trees",
+    "eval_strategy": "--eval_steps", "save_strategy": "--save_steps", "data_seed": "--seed",
+    "cutoff_len": "--max_length", "attn_implementation": "no such flag: there is one attention, over token trees",
 }  # fmt: skip
 
 
@@ -213,7 +213,8 @@ def refuse_what_does_not_fit_together(flags: Flags) -> None:
         ("precompute_ref_log_probs", flags.precompute_ref_log_probs and flags.eval_only, "--eval_only needs no table"),
         ("resume_from_checkpoint", flags.resume_from_checkpoint == "latest" and not flags.output_dir,
          "needs --output_dir"),
-        ("report_to", flags.report_to not in trackers, f"not installed (there is: {', '.join(trackers)}): pip install it"),
+        ("report_to", flags.report_to not in trackers,
+         f"not installed (there is: {', '.join(trackers)}): pip install it"),
     ]  # fmt: skip
     for name, is_wrong, rule in rules:
         if is_wrong:
@@ -239,10 +240,8 @@ def load(kind: type, flag_name: str, name: str, **options) -> Any:
     except Exception as error:  # dozens of types, from the hub, from config files, from weights
         remedy = "expected config.json, the tokenizer's files, and whole .safetensors files (after `git lfs pull`)"
         if not Path(name).exists():
-            remedy = (
-                "set HF_ENDPOINT to a mirror of the hub, or give a local folder (git clone), or try `--demo`; without a "
-                "network, HF_HUB_OFFLINE=1 takes what was downloaded before, at once"
-            )
+            remedy = "set HF_ENDPOINT to a mirror of the hub, or give a local folder (git clone), or try `--demo`; "
+            remedy += "without a network, HF_HUB_OFFLINE=1 takes what was downloaded before, at once"
         raise UserError(f"{flag_name} {name} can't be loaded ({first_line(error)}): {remedy}") from None
 
 
@@ -252,7 +251,7 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
     Raises UserError if it can't be loaded, or if some weights are missing, which would then be random.
     """
     if Path(name).exists() and find_adapter_config_file(name):
-        raise UserError(f"{flag_name} {name} is a LoRA adapter: merge it into its model first (peft's merge_and_unload)")
+        raise UserError(f"{flag_name} {name} is a LoRA adapter: merge it into its model first, with peft")
     model, report = load(
         AutoModelForCausalLM, flag_name, name, dtype=torch.float32, attn_implementation="tree",
         use_safetensors=True, output_loading_info=True,  # safetensors: a pickle could run code
@@ -288,13 +287,14 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def refuse_other_vocabulary(reference: PreTrainedModel, tokenizer, name: str) -> None:
-    """Raises UserError if the reference's tokenizer gives other ids to the same text."""
-    other = load(AutoTokenizer, "--ref_model_name_or_path", name).get_vocab()
-    differ = [token for token, number in tokenizer.get_vocab().items() if other.get(token, number) != number]
-    if differ or reference.get_output_embeddings().weight.shape[0] < len(tokenizer):
-        text = f"{len(differ)} tokens have other ids there, such as {differ[0]!r}" if differ else "its vocabulary is smaller"
-        raise UserError(f"--ref_model_name_or_path {name} has another vocabulary than the policy: {text}")
+def check_vocabulary(model: PreTrainedModel, tokenizer, flag_name: str, name: str) -> None:
+    """Raises UserError if the ids of the policy's tokenizer are not this model's."""
+    own = load(AutoTokenizer, flag_name, name).get_vocab()
+    differ = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
+    if differ:
+        raise UserError(f"{flag_name} {name}: {len(differ)} tokens have other ids than in the policy, as {differ[0]!r}")
+    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
+        raise UserError(f"{flag_name} {name}: its vocabulary is smaller than that of the policy's tokenizer")
 
 
 class Compute(NamedTuple):
@@ -398,8 +398,8 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
             reason = tree_differs(*given, compute, own, rounding)
     if reason:
         raise UserError(
-            f"{type(model).__name__} can't be trained here: {reason}. What works are decoders with plain attention, such "
-            "as Qwen2, Qwen3, Llama or Mistral, dense or as mixture of experts"
+            f"{type(model).__name__} can't be trained here: {reason}. What works are decoders with plain attention, "
+            "such as Qwen2, Qwen3, Llama or Mistral, dense or as mixture of experts"
         )
     return compute, warning
 
@@ -414,24 +414,17 @@ def find_micro_batch_tokens(
 ) -> int:
     """The tokens of a micro-batch that fits into memory, the same in all processes.
 
-    The usual ones are tried, then fewer, down to a pair's; --micro_batch_tokens, if given, is only tried. If memory runs
-    out, then at the start. Raises UserError, with what would help, if it does.
+    The usual ones are tried, then fewer, down to a pair's; --micro_batch_tokens, if given, is only tried. So memory
+    runs out at the start if ever. Raises UserError, with what would help.
     """
     least = flags.micro_batch_tokens or 2 * flags.max_length
     search = find_executable_batch_size(rehearse, starting_batch_size=usual_tokens(compute, flags))
     found = search(least, policy, reference, compute, flags.max_length, accelerator.num_processes)
     found = int(accelerator.gather(torch.tensor([found], device=compute.device)).min())
     if not found:
-        remedies = {
-            "a smaller --micro_batch_tokens": least > 2 * flags.max_length,
-            "--gradient_checkpointing true": not flags.gradient_checkpointing,
-            "--precompute_ref_log_probs true": reference is not None,
-            "a smaller --max_length": True,
-            "a larger GPU": True,
-        }
         raise UserError(
-            f"the memory is too small to train with {least:,} tokens in a micro-batch: try "
-            + " or ".join(text for text, holds in remedies.items() if holds)
+            f"the memory is too small for {least:,} tokens in a micro-batch: try --gradient_checkpointing true, "
+            "--precompute_ref_log_probs true, a smaller --max_length (or --micro_batch_tokens) or a larger GPU"
         )
     return found
 
@@ -476,40 +469,27 @@ def rehearse(
 # Log-probabilities and metrics of pairs
 
 
-class PairValues(NamedTuple):
-    """Of P pairs, [P] each: log-probabilities and rewards in nats, lengths in tokens, end-of-turn included."""
-
-    loss: torch.Tensor
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    ref_chosen_logps: torch.Tensor
-    ref_rejected_logps: torch.Tensor
-    chosen_reward: torch.Tensor
-    rejected_reward: torch.Tensor
-    chosen_length: torch.Tensor
-    rejected_length: torch.Tensor
+def is_higher(values: torch.Tensor) -> torch.Tensor:
+    """[P] of [P, 2]: 1 where the chosen response has the higher value, 0 where the rejected one has it, else 1/2."""
+    return 0.5 + 0.5 * torch.sign(values[:, 0] - values[:, 1])
 
 
-def is_higher(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen response has the higher value, 0 where the rejected one has it, 1/2 where they are equal."""
-    return 0.5 + 0.5 * torch.sign(chosen - rejected)
-
-
-# What is logged, by name: the mean over pairs of a function of PairValues. To add a metric, add a line: it is in the
-# log, and with its standard error in evaluations and in the report. Names are TRL's where it has them.
-METRICS: dict[str, Callable[[PairValues], torch.Tensor]] = {
-    "loss": lambda of: of.loss,
-    "rewards/chosen": lambda of: of.chosen_reward,
-    "rewards/rejected": lambda of: of.rejected_reward,
-    "rewards/margins": lambda of: of.chosen_reward - of.rejected_reward,
-    "rewards/accuracies": lambda of: is_higher(of.chosen_reward, of.rejected_reward),
-    "logps/chosen": lambda of: of.chosen_logps,
-    "logps/rejected": lambda of: of.rejected_logps,
-    "logps/accuracies": lambda of: is_higher(of.chosen_logps, of.rejected_logps),
-    "nll_loss": lambda of: -of.chosen_logps / of.chosen_length,
-    "lengths/chosen": lambda of: of.chosen_length,
-    "lengths/rejected": lambda of: of.rejected_length,
-    "lengths/accuracies": lambda of: is_higher(of.chosen_length, of.rejected_length),  # of "the longer one is better"
+# What is logged: means over pairs. Given are, of P pairs, the losses [P] and, [P, 2] with the chosen ones first, the
+# log-probabilities under the policy and the rewards, in nats, and the lengths in tokens. Names are TRL's where it has them. To add a
+# metric, add a line: it is in the log and, with its standard error, in evaluations and in the report.
+METRICS: dict[str, Callable[..., torch.Tensor]] = {
+    "loss": lambda losses, logps, rewards, lengths: losses,
+    "rewards/chosen": lambda losses, logps, rewards, lengths: rewards[:, 0],
+    "rewards/rejected": lambda losses, logps, rewards, lengths: rewards[:, 1],
+    "rewards/margins": lambda losses, logps, rewards, lengths: rewards[:, 0] - rewards[:, 1],
+    "rewards/accuracies": lambda losses, logps, rewards, lengths: is_higher(rewards),
+    "logps/chosen": lambda losses, logps, rewards, lengths: logps[:, 0],
+    "logps/rejected": lambda losses, logps, rewards, lengths: logps[:, 1],
+    "logps/accuracies": lambda losses, logps, rewards, lengths: is_higher(logps),
+    "nll_loss": lambda losses, logps, rewards, lengths: -logps[:, 0] / lengths[:, 0],
+    "lengths/chosen": lambda losses, logps, rewards, lengths: lengths[:, 0],
+    "lengths/rejected": lambda losses, logps, rewards, lengths: lengths[:, 1],
+    "lengths/accuracies": lambda losses, logps, rewards, lengths: is_higher(lengths),  # of "longer is better"
 }
 
 
@@ -518,19 +498,15 @@ def of_pairs(values: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Te
     return torch.stack([values[tensors["chosen_index"]], values[tensors["rejected_index"]]], dim=1)
 
 
-def pair_values(policy_logps: torch.Tensor, ref_logps: torch.Tensor, tensors: dict, flags: Flags) -> PairValues:
-    """From log-probabilities [P, 2] in nats, chosen first. Only `loss` carries a gradient."""
+def losses_and_metrics(logps: torch.Tensor, ref_logps: torch.Tensor, tensors: dict, flags: Flags):
+    """Losses [P] and, without gradient, the K METRICS [P, K], from log-probabilities [P, 2] in nats, chosen first."""
     lengths = of_pairs(tensors["response_lengths"], tensors)  # [P, 2]
     losses, *rewards = dpo_loss(
-        *policy_logps.unbind(1), *ref_logps.unbind(1), *lengths.unbind(1),
+        *logps.unbind(1), *ref_logps.unbind(1), *lengths.unbind(1),
         flags.beta, flags.label_smoothing, flags.loss_type, flags.sft_weight,
     )  # fmt: skip
-    return PairValues(losses, *policy_logps.detach().unbind(1), *ref_logps.unbind(1), *rewards, *lengths.unbind(1))
-
-
-def metrics_of(values: PairValues) -> torch.Tensor:
-    """[P, K] the K METRICS of each pair, float64, without gradient."""
-    return torch.stack([metric(values).detach().double() for metric in METRICS.values()], dim=1)
+    given = losses.detach(), logps.detach(), torch.stack(rewards, dim=1), lengths
+    return losses, torch.stack([metric(*given).double() for metric in METRICS.values()], dim=1)
 
 
 def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, accelerator: Accelerator, title: str):
@@ -618,8 +594,8 @@ def evaluate(
     scorer.eval()
     table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=compute.device)
     for tensors, plan in micro_batches(pairs, collate, compute, accelerator, "Evaluating"):
-        values = pair_values(of_pairs(scorer(tensors, plan), tensors), reference(tensors, plan), tensors, flags)
-        table[tensors["pair_index"]] = metrics_of(values)
+        logps = of_pairs(scorer(tensors, plan), tensors)
+        _, table[tensors["pair_index"]] = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)
     table = accelerator.reduce(table, "sum").cpu().numpy()
     longer_one = table[:, list(METRICS).index("lengths/accuracies")]
     parts = {
@@ -635,7 +611,9 @@ def evaluate(
     return record
 
 
-def answers(model: PreTrainedModel, tokenizer, pairs: Pairs, end_id: int, compute: Compute, max_new_tokens: int) -> list:
+def answers(
+    model: PreTrainedModel, tokenizer, pairs: Pairs, end_id: int, compute: Compute, max_new_tokens: int
+) -> list[dict]:
     """What the model answers to six prompts, from as many domains as there are: greedy, one at a time.
 
     `repetition` is the share of the answer's 4-grams of tokens that stood in it before; `stopped`, whether it ended its
@@ -688,19 +666,19 @@ def forward_backward(
     Returns [K + 2] sums of the METRICS, of the pairs and of the tokens of this process, and the losses of the pairs.
     """
     sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=accelerator.device)
-    losses = []
+    losses_of_pairs = []
     for tensors, plan in batches:
         is_last = tensors is batches[-1][0]
         with contextlib.nullcontext() if is_last else accelerator.no_sync(scorer):
-            policy_logps = of_pairs(scorer(tensors, plan), tensors)  # [P, 2]
-            values = pair_values(policy_logps, reference(tensors, plan), tensors, flags)  # [P] each
+            logps = of_pairs(scorer(tensors, plan), tensors)  # [P, 2]
+            losses, metrics = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)  # [P], [P, K]
             # DDP averages the gradients over the processes; the loss is a mean over the pairs of all of them.
-            (values.loss.sum() * (accelerator.num_processes / n_pairs)).backward()
-        sums[:-2] += metrics_of(values).sum(0)
-        sums[-2] += len(values.loss)
+            (losses.sum() * (accelerator.num_processes / n_pairs)).backward()
+        sums[:-2] += metrics.sum(0)
+        sums[-2] += len(losses)
         sums[-1] += tensors["input_ids"].numel()
-        losses.append((tensors["pair_index"], values.loss.detach()))
-    return sums, losses
+        losses_of_pairs.append((tensors["pair_index"], losses.detach()))
+    return sums, losses_of_pairs
 
 
 def gather(sums: torch.Tensor, grad_norm: torch.Tensor, is_asked_to_stop: bool, accelerator: Accelerator):
@@ -909,7 +887,9 @@ def save_model(model: PreTrainedModel, tokenizer, end_id: int, folder: Path) -> 
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(folder: Path, state: dict, model: PreTrainedModel, tokenizer, end_id: int, flags: Flags, log) -> None:
+def save_checkpoint(
+    folder: Path, state: dict, model: PreTrainedModel, tokenizer, end_id: int, flags: Flags, log: "Log"
+) -> None:
     """A checkpoint is complete or absent. A disk that is full costs the checkpoint, not the run."""
     final = folder / f"checkpoint-{state['step']}"
     try:
@@ -957,6 +937,10 @@ class Log:
             self.warn("metrics", f"{self.path} can't be written to ({first_line(error)})")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
         self.accelerator.log(numbers, step=record["step"])
+
+    def start(self, flags: Flags, facts: dict[str, Any]) -> None:
+        shown = {"loss_at_start": loss_at_start(flags), "flags": without_folders(flags)}
+        self.write({"event": "start", "step": 0} | shown | facts)
 
     def training(self, line: dict[str, Any]) -> None:
         self.write(line)
@@ -1059,34 +1043,12 @@ def start_tracker(accelerator: Accelerator, folder: Path, flags: Flags) -> None:
         accelerator.init_trackers(os.environ.get(variable, "dpo"), config=config, init_kwargs=options)
 
 
-def start_record(flags: Flags, facts: dict[str, str]) -> dict[str, Any]:
-    flags_shown = without_folders(flags)
-    return {"event": "start", "step": 0, "loss_at_start": loss_at_start(flags), "flags": flags_shown} | facts
-
-
-def compare_models(
-    policy: PreTrainedModel, ref_model: PreTrainedModel, data: PreparedData, compute: Compute, tokenizer,
-    accelerator: Accelerator, folder: Path, flags: Flags,
-) -> Path:  # fmt: skip
-    """--eval_only: the log and the report of a run that would have begun as the reference and ended as the policy."""
-    facts = facts_of(flags, data, compute, "none: two models are compared")
-    accelerator.print(header(facts, flags, tokenizer, data.held_out.read([0])[0]))
-    log = Log(folder / "metrics.jsonl", accelerator, 0, 0)
-    log.write(start_record(flags, facts))
-    held_out = data, TreeCollator(usual_tokens(compute, flags)), compute, accelerator, tokenizer, flags
-    reference = ReferenceModel(ref_model, compute.dtype)
-    for model in (ref_model, policy):
-        scorer = ResponseScorer(model, compute.dtype)
-        log.evaluation(0, 0.0, evaluate(scorer, reference, *held_out, with_answers=True))
-    log.end(0)
-    return folder
-
-
-def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, str]:
-    """What will be trained, on what, how: for the terminal and the log."""
+def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, Any]:
+    """What will be trained, on what, how."""
+    shown = without_folders(flags)
     return {
-        "model": without_folders(flags)["model_name_or_path"],
-        "reference": without_folders(flags)["ref_model_name_or_path"] or "the same, frozen",
+        "model": shown["model_name_or_path"],
+        "reference": shown["ref_model_name_or_path"] or "the same, frozen",
         "data": data.summary(),
         "steps": steps,
         "device": f"{torch.cuda.get_device_name() if compute.device.type == 'cuda' else 'CPU'}, "
@@ -1096,11 +1058,25 @@ def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> 
 
 
 def header(facts: dict[str, str], flags: Flags, tokenizer, pair: dict) -> str:
-    """The facts, the flags that can be pasted to run it again, and the first pair, as the model sees it."""
+    """The facts, the flags, which can be pasted to run it again, and the first pair, as the model sees it."""
     given = {name: value for name, value in asdict(flags).items() if value != getattr(Flags(), name)}
     lines = facts | {"flags": " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())}
     lines |= {name: repr(tokenizer.decode(pair[f"{name}_ids"]))[-140:] for name in ("prompt", "chosen", "rejected")}
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def compare_models(
+    policy: PreTrainedModel, ref_model: PreTrainedModel, data: PreparedData, compute: Compute, accelerator: Accelerator,
+    tokenizer, log: Log, flags: Flags,
+) -> None:  # fmt: skip
+    """--eval_only: logged as a run that would have begun as the reference and ended as the policy."""
+    log.start(flags, facts_of(flags, data, compute, "none: two models are compared"))
+    collate, reference = TreeCollator(usual_tokens(compute, flags)), ReferenceModel(ref_model, compute.dtype)
+    for model in (ref_model, policy):
+        scorer = ResponseScorer(model, compute.dtype)
+        found = evaluate(scorer, reference, data, collate, compute, accelerator, tokenizer, flags, with_answers=True)
+        log.evaluation(0, 0.0, found)
+    log.end(0)
 
 
 def train(flags: Flags) -> Path:
@@ -1128,17 +1104,20 @@ def train(flags: Flags) -> Path:
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
+    check_vocabulary(policy, tokenizer, "--model_name_or_path", flags.model_name_or_path)
     compute, warning = check_model(policy, any_pairs, compute, flags.max_length)
     if flags.ref_model_name_or_path in (None, flags.model_name_or_path):
         ref_model = copy.deepcopy(policy)
     else:
         ref_model = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(device)
-        refuse_other_vocabulary(ref_model, tokenizer, flags.ref_model_name_or_path)
+        check_vocabulary(ref_model, tokenizer, "--ref_model_name_or_path", flags.ref_model_name_or_path)
         compute, warning = check_model(ref_model, any_pairs, compute, flags.max_length)
     if warning:
         say(f"warning: {warning}")
     if flags.eval_only:
-        return compare_models(policy, ref_model, data, compute, tokenizer, accelerator, folder, flags)
+        log = Log(folder / "metrics.jsonl", accelerator, 0, 0)
+        compare_models(policy, ref_model, data, compute, accelerator, tokenizer, log, flags)
+        return folder
 
     # 4. The checkpoint to go on from, if any, which must belong to this run
     hashes = {"policy's start (hash)": weights_hash(policy), "reference (hash)": weights_hash(ref_model)}
@@ -1190,8 +1169,8 @@ def train(flags: Flags) -> Path:
         scheduler.load_state_dict(state.pop("scheduler"))
 
     # 8. What is said and logged before the first step
-    facts = facts_of(flags, data, compute, f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to "
-                     f"{n_tokens:,} tokens, {n_processes} process(es)")  # fmt: skip
+    what = f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to {n_tokens:,} tokens"
+    facts = facts_of(flags, data, compute, f"{what}, {n_processes} process(es)")
     say(header(facts, flags, tokenizer, data.train.read([int(steps.indices(0)[0])])[0]))
     n_bytes = 4 * sum(weight.numel() for weight in policy.parameters())  # of the model; AdamW's moments are two more
     if flags.save_steps and (free := shutil.disk_usage(folder).free) < n_bytes * (4 + 3 * flags.save_total_limit):
@@ -1201,7 +1180,7 @@ def train(flags: Flags) -> Path:
     stop = StopSignals(is_main)
     held_out = data, collate, compute, accelerator, tokenizer, flags
     if checkpoint is None:
-        log.write(start_record(flags, facts) | {"micro_batch_tokens": n_tokens})
+        log.start(flags, facts | {"micro_batch_tokens": n_tokens})
         log.evaluation(0, 0.0, evaluate(scorer, eval_reference, *held_out, with_answers=True))
     else:
         log.write({"event": "resumed", "step": step, "checkpoint": checkpoint.name})
@@ -1292,6 +1271,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a line comes when it is said, also in a pipe
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # into a pipe, too: line by line
     sys.stderr.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

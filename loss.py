@@ -1,8 +1,8 @@
 """From the log-probabilities of pairs to their losses, and from a micro-batch of token trees to log-probabilities.
 
 `dpo_loss` makes a loss of each pair, by one of the formulas in `LOSSES`. The log-probabilities come from
-`ResponseScorer`: a language model over token trees, in which `tree_attention` lets a response see its prompt and itself,
-and `response_logps`, which sums log pi(y|x) without ever holding the [tokens, vocabulary] logits.
+`ResponseScorer`, a language model over token trees: `tree_attention` lets a response see its prompt and itself, and
+`response_logps` sums log pi(y|x) without ever holding the [tokens, vocabulary] logits.
 """
 
 import inspect
@@ -278,7 +278,7 @@ def attend_by_segment(tree: TreePlan, query, keys, values, scaling) -> torch.Ten
 
 
 def attend_at_once(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor:
-    """All segments in one call of FlashAttention, which needs a GPU and 16 bits; each run checks it before it trains."""
+    """On a GPU, in 16 bits: all segments in one call of FlashAttention. Each run checks it before it trains."""
     query, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, keys, values))  # [T, heads, D]
     return varlen_attn(
         query, keys, values, tree.query_ends, tree.key_ends, max(tree.n_queries), max(tree.n_keys),
