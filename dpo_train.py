@@ -15,6 +15,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import resource
 import shlex
 import shutil
 import signal
@@ -419,7 +421,8 @@ def find_micro_batch_tokens(
     """
     least = flags.micro_batch_tokens or 2 * flags.max_length
     search = find_executable_batch_size(rehearse, starting_batch_size=usual_tokens(compute, flags))
-    found = search(least, policy, reference, compute, flags.max_length, accelerator.num_processes)
+    with limited_to_free_memory() if compute.device.type == "cpu" else contextlib.nullcontext():
+        found = search(least, policy, reference, compute, flags.max_length, accelerator.num_processes)
     found = int(accelerator.gather(torch.tensor([found], device=compute.device)).min())
     if not found:
         raise UserError(
@@ -427,6 +430,24 @@ def find_micro_batch_tokens(
             "--precompute_ref_log_probs true, a smaller --max_length (or --micro_batch_tokens) or a larger GPU"
         )
     return found
+
+
+@contextlib.contextmanager
+def limited_to_free_memory() -> Iterator[None]:
+    """On Linux: inside, memory that the machine does not have raises, as on a GPU; else the system would kill the run."""
+    try:
+        status, machine = Path("/proc/self/status").read_text(), Path("/proc/meminfo").read_text()
+        used, free = (int(re.search(rf"{name}:\s+(\d+)", text)[1]) * 1024
+                      for name, text in (("VmData", status), ("MemAvailable", machine)))  # fmt: skip
+    except (OSError, TypeError):  # not Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def rehearse(
@@ -474,9 +495,9 @@ def is_higher(values: torch.Tensor) -> torch.Tensor:
     return 0.5 + 0.5 * torch.sign(values[:, 0] - values[:, 1])
 
 
-# What is logged: means over pairs. Given are, of P pairs, the losses [P] and, [P, 2] with the chosen ones first, the
-# log-probabilities under the policy and the rewards, in nats, and the lengths in tokens. Names are TRL's where it has them. To add a
-# metric, add a line: it is in the log and, with its standard error, in evaluations and in the report.
+# What is logged: means over pairs. Of P pairs are given the losses [P] and, [P, 2] with the chosen ones first, the
+# log-probabilities under the policy and the rewards, in nats, and the lengths in tokens. Names are TRL's where it has
+# them. To add a metric, add a line: it is in the log and, with its standard error, in evaluations and in the report.
 METRICS: dict[str, Callable[..., torch.Tensor]] = {
     "loss": lambda losses, logps, rewards, lengths: losses,
     "rewards/chosen": lambda losses, logps, rewards, lengths: rewards[:, 0],
@@ -1018,7 +1039,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
             gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
             dynamo_backend="no",
             kwargs_handlers=[
-                accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 # The others wait while the first process tokenizes a million rows: longer than NCCL's 10 minutes.
                 accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=3)),
             ],
