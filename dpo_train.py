@@ -359,6 +359,8 @@ def tree_differs(model, long: dict, short: dict, compute: Compute, own: list, ro
     try:
         logps, *gradients = measure(logps_by_tree, model, long, short, compute)
     except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
+        if is_out_of_memory(error):
+            raise
         return first_line(error)
     rtol, atol, most = (2e-5, 1e-2, 1e-3) if compute.dtype == torch.float32 else (2e-2, 0.5, 0.02 + 3 * rounding)
     if not torch.allclose(logps, own[0], rtol, atol):
@@ -391,6 +393,8 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
         model.set_attn_implementation("tree")
         reason = tree_differs(*given, exact, own, rounding)
     except Exception as error:  # of a model that can't be run row by row either
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error)
     if not reason and compute != exact:
         reason = tree_differs(*given, compute, own, rounding)
@@ -434,7 +438,7 @@ def find_micro_batch_tokens(
 
 @contextlib.contextmanager
 def limited_to_free_memory() -> Iterator[None]:
-    """On Linux: inside, memory that the machine does not have raises, as on a GPU; else the system would kill the run."""
+    """On Linux: inside, memory that is not there raises, as on a GPU. Else the system would kill the run."""
     try:
         status, machine = Path("/proc/self/status").read_text(), Path("/proc/meminfo").read_text()
         used, free = (int(re.search(rf"{name}:\s+(\d+)", text)[1]) * 1024
@@ -443,7 +447,7 @@ def limited_to_free_memory() -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + free, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + free if hard < 0 else min(used + free, hard), hard))
     try:
         yield
     finally:
@@ -1280,7 +1284,7 @@ def main(argv: Sequence[str]) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        text = f"{first_line(error)} Go on from a checkpoint with a lower --micro_batch_tokens"
+        text = f"{first_line(error)} Lower --max_length or, with which a checkpoint can be resumed, --micro_batch_tokens"
     except KeyboardInterrupt:
         text = "stopped"
     if text:
