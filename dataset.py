@@ -107,26 +107,19 @@ def choose_files(path: Path, split: str) -> tuple[list[Path], str]:
             raise UserError(f"--dataset_split {split}: {path} is a single file, which has no splits")
         refuse_lfs_pointer(path)
         return [path], path.name
-    chosen, left_out, splits = [], [], set()
+    chosen, left_out = [], []
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
         if not file.is_file() or any(part.startswith(".") for part in inside.parts):
             continue
-        if file.suffix not in FILES or file.name in NO_ROWS:
-            if file.suffix not in ("", ".md", ".py"):  # LICENSE, README.md, a loading script
-                left_out.append(str(inside))
-        elif split_of(str(inside)) == SPLITS.get(split, split):
+        if file.suffix in FILES and file.name not in NO_ROWS and split_of(str(inside)) == SPLITS.get(split, split):
             refuse_lfs_pointer(file)
             chosen.append(file)
-        else:
-            splits.add(split_of(str(inside)))
-            left_out.append(f"{inside} (split {split_of(str(inside))})")
+        elif file.suffix not in ("", ".md", ".py"):  # LICENSE, README.md, a loading script
+            left_out.append(str(inside))
     without = f"; not read: {_listed(left_out)}" if left_out else ""
     if not chosen:
-        other = f", but there is --dataset_split {', '.join(sorted(splits))}" if splits else ""
-        raise UserError(
-            f"--dataset_name {path}: no .parquet, .json or .jsonl file of split {split} is in it{other}{without}"
-        )
+        raise UserError(f"--dataset_name {path}: no .parquet, .json or .jsonl file of split {split} is in it{without}")
     return chosen, _listed([str(file.relative_to(path)) for file in chosen]) + without
 
 
@@ -520,23 +513,20 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, triples: Iterable[Triple]) -> None:
-    """Raises UserError if texts don't come back from their tokens, as from a tokenizer that was loaded as another kind.
+    """Raises UserError if texts don't come back from their tokens, as when transformers loads it as another kind.
 
-    White space may change its kind, and a tokenizer may miss a rare character: a quarter of the texts may differ.
+    White space may change its kind, and a rare character may be missing: a quarter of the texts may differ.
     """
-
-    def words(text: str) -> list[str]:
-        return unicodedata.normalize("NFKC", text).split()
-
     texts = [text[:2000] for triple in triples for text in triple.texts()]
-    changed = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if words(back) != words(text):
-            changed.append((text, back))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    returned = [tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids]
+    changed = [
+        (text, back)
+        for text, back in zip(texts, returned, strict=True)
+        if unicodedata.normalize("NFKC", text).split() != unicodedata.normalize("NFKC", back).split()
+    ]
     if len(changed) > len(texts) / 4:
-        text, back = min(changed, key=lambda pair: len(pair[0]))
+        text, back = min(changed, key=lambda one: len(one[0]))
         raise UserError(
             f"the tokenizer ({type(tokenizer).__name__}) doesn't give texts back: {text[:60]!r} becomes {back[:60]!r}: "
             "is it the model's own and complete, and does this version of transformers load it as it should?"

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+import re
 
 import datasets
 import numpy as np
@@ -36,10 +37,10 @@ def turns(text):
 
 
 USER = turns("u天")
+PLAIN = {"prompt": "天", "chosen": "好", "rejected": "坏"}
 
 
 def pair(before="", **more):
-    """A row whose sides are messages: those before the answers, then the answers."""
     return {"chosen": turns(f"{before} a好"), "rejected": turns(f"{before} a坏")} | more
 
 
@@ -52,57 +53,48 @@ def coig(chosen="好", rejected="坏", conversations=None, **more):
 # --- rows to triples
 
 
-@pytest.mark.parametrize(
-    "row, prompt",
-    [
-        (coig(), USER),
-        (coig() | {"chosen": "好", "rejected": "坏"}, USER),
-        (coig(system="你", tools="[]", images=[], history=None), turns("s你 u天")),  # LLaMA-Factory's columns
-        (coig(conversations=turns("s你 u一 a二 u三")), turns("s你 u一 a二 u三")),
-        (coig(conversations=turns("s你 u一"), system="你"), turns("s你 u一")),
-        (coig(conversations=[{"from": "Human", "value": "一"}, {"role": "model", "content": "二"}, *USER]),
-         turns("u一 a二 u天")),
-        (coig(conversations=[{"role": "USER", "content": [{"type": "text", "text": t} for t in "天地"]}]),
-         turns("u天地")),
-        ({"prompt": "天", "chosen": "好", "rejected": "坏"}, "天"),
-        ({"prompt": "天：", "chosen": "天：好", "rejected": "天：坏"}, "天："),  # the prompt stands once
-        ({"prompt": "a b", "chosen": "a b好", "rejected": "坏"}, None),
-        (pair(prompt=USER), USER),
-        (pair(prompt="天"), USER),
-        (pair("u天"), USER),  # TRL's implicit prompt
-        (pair("u天", prompt="天"), USER),  # UltraFeedback: the prompt beside whole conversations
-        (pair("s你 u天", prompt="天"), turns("s你 u天")),
-        (pair("u天", prompt=turns("s你 u天")), turns("s你 u天")),
-        (pair("u天", prompt=turns("s你")), turns("s你 u天")),
-        (pair("u天", system="你"), turns("s你 u天")),
-        (pair("a二 u三", prompt="天"), turns("u天 a二 u三")),  # the first turn of the answers is the same
-        (pair("u天 a二 u三", prompt="天"), turns("u天 a二 u三")),
-        (pair("u三", prompt=turns("u一 a二 u三")), turns("u一 a二 u三")),
-        (pair("u天", conversations=[{"from": "human", "value": "天"}]), USER),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("row, prompt", [
+    (coig(), USER),
+    (coig() | {"chosen": "好", "rejected": "坏"}, USER),
+    (coig(system="你", tools="[]", images=[], history=None), turns("s你 u天")),  # LLaMA-Factory's columns
+    (coig(conversations=turns("s你 u一 a二 u三")), turns("s你 u一 a二 u三")),
+    (coig(conversations=turns("s你 u一"), system="你"), turns("s你 u一")),
+    (coig(conversations=[{"from": "Human", "value": "一"}, {"role": "model", "content": "二"}, *USER]),
+     turns("u一 a二 u天")),
+    (coig(conversations=[{"role": "USER", "content": [{"type": "text", "text": t} for t in "天地"]}]),
+     turns("u天地")),
+    (PLAIN, "天"),
+    ({"prompt": "天：", "chosen": "天：好", "rejected": "天：坏"}, "天："),  # the prompt stands once
+    ({"prompt": "好", "chosen": "好", "rejected": "坏"}, "好"),  # one response begins as the prompt does: a quotation
+    (pair(prompt=USER), USER),
+    (pair(prompt="天"), USER),
+    (pair("u天"), USER),  # TRL's implicit prompt
+    (pair("u天", prompt="天"), USER),  # UltraFeedback: the prompt beside whole conversations
+    (pair("s你 u天", prompt="天"), turns("s你 u天")),
+    (pair("u天", prompt=turns("s你 u天")), turns("s你 u天")),
+    (pair("u天", prompt=turns("s你")), turns("s你 u天")),
+    (pair("u天", system="你"), turns("s你 u天")),
+    (pair("a二 u三", prompt="天"), turns("u天 a二 u三")),  # the first turn of the answers is the same
+    (pair("u天 a二 u三", prompt="天"), turns("u天 a二 u三")),
+    (pair("u三", prompt=turns("u一 a二 u三")), turns("u一 a二 u三")),
+    (pair("u天", conversations=[{"from": "human", "value": "天"}]), USER),
+])  # fmt: skip
 def test_forms(row, prompt):
     triple = read_triple(row)
-    if prompt is None:  # only one side begins with the prompt: a quotation
-        assert (triple.prompt, triple.chosen, triple.rejected) == ("a b", "a b好", "坏")
-    else:
-        assert (triple.prompt, triple.chosen, triple.rejected) == (prompt, "好", "坏")
+    assert (triple.prompt, triple.chosen, triple.rejected) == (prompt, "好", "坏")
 
 
 TEXTS = {"chosen": "It is water.", "rejected": "It is sand."}
 BAD_ROWS = [
     ("row is not an object", ["text"]),
     ("chosen: missing", {"conversations": USER, "rejected": "坏"}),
-    ("rejected: missing", coig() | {"rejected": None}),
     ("chosen: wrong type", coig() | {"chosen": 7}),
     ("rejected: wrong type", coig() | {"rejected": {"from": "gpt", "value": {"text": "坏"}}}),
     ("rejected: parts that are not text", coig() | {"rejected": {"from": "gpt", "value": [{"type": "image"}]}}),
     ("chosen: a turn without role or text", coig() | {"chosen": {"from": "gpt"}}),
-    ("conversations: wrong type", coig(conversations=3)),
     ("conversations: unknown role tool", coig(conversations=[{"from": "tool", "value": "天"}])),
-    ("chosen: not valid Unicode", coig(chosen="\ud800")),
-    ("domain: not valid Unicode", coig(domain="\ud800")),
-    ("prompt: wrong type", {"prompt": 3, "chosen": "好", "rejected": "坏"}),
+    *((f"{name}: not valid Unicode", coig() | {name: "\ud800"}) for name in ("chosen", "domain")),
+    ("prompt: wrong type", PLAIN | {"prompt": 3}),
     ("prompt: empty", coig(conversations=turns("u"))),
     ("prompt: does not end with a user turn", coig(conversations=[{"from": "gpt", "value": "天"}])),
     ("prompt: chosen and rejected begin with another one", pair("u地", prompt="天")),
@@ -118,14 +110,13 @@ BAD_ROWS = [
     ("no prompt; columns: chosen, question, rejected", pair(question="天")),
     ("prompt and conversations: which is the prompt?", coig(prompt="天")),
     ("system: two that differ", pair("s他 u天", system="你")),
-    ("system beside a prompt of plain text: make messages of them", {"prompt": "天", "system": "你", **TEXTS}),
+    ("system beside a prompt of plain text: make messages of them", PLAIN | {"system": "你"}),
     ("chosen and rejected begin with the prompt: repeated, or part of the responses?",
      {"prompt": "Hello", "chosen": "Hello! I am here.", "rejected": "Hellooo"}),
     ("chosen: messages written as one string", {"prompt": "天", **{k: json.dumps(turns(f"a{k}")) for k in TEXTS}}),
     ("prompt: messages written as one string", {"prompt": str(USER), **TEXTS}),
     *((f"{name}: not supported", coig(**{name: value})) for name, value in (
-        ("tools", '[{"name": "search"}]'), ("images", ["a.png"]), ("history", [["一", "二"]]),
-        ("chat_template_kwargs", {"enable_thinking": False}))),
+        ("tools", '[{"name": "f"}]'), ("images", ["a.png"]), ("history", [["一"]]), ("chat_template_kwargs", {"a": False}))),
     *((f"{name}: not supported", coig() | {"chosen": turns("a好")[0] | {name: "x"}})
       for name in ("tool_calls", "reasoning_content", "thinking")),
 ]  # fmt: skip
@@ -133,9 +124,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("cause, row", BAD_ROWS)
 def test_bad_rows_are_named(cause, row):
-    with pytest.raises(Unusable) as error:
+    with pytest.raises(Unusable, match=f"^{re.escape(cause)}$"):
         read_triple(row)
-    assert str(error.value) == cause
 
 
 # --- triples to tokens
@@ -151,11 +141,8 @@ def test_targets_are_the_response_and_one_end_of_turn(tokenizer):
     row = encode(tokenizer, USER, "好!快", "坏")
     prompt = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n天<|im_end|>\n"
     assert tokenizer.decode(row["prompt_ids"]) == prompt + "<|im_start|>assistant\n"
-    assert tokenizer.decode(row["chosen_ids"]) == "好!快<|im_end|>"
-    assert tokenizer.decode(row["rejected_ids"]) == "坏<|im_end|>"
-    assert row["chosen_ids"].count(end) == row["rejected_ids"].count(end) == 1
-    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end
-    assert not row["truncated"]
+    assert tokenizer.decode(row["chosen_ids"]) == "好!快<|im_end|>" and not row["truncated"]
+    assert tokenizer.decode(row["rejected_ids"]) == "坏<|im_end|>" and row["rejected_ids"].count(end) == 1
     assert row == encode(tokenizer, USER, "好!快<|im_end|>\n", "坏<|endoftext|>")  # ends that the data brought along
     row = encode(tokenizer, "天地", "!!", "人")  # plain text ends with the eos; a mask by id would lose "!", which is 0
     assert tokenizer.decode(row["prompt_ids"]) == "天地" and row["chosen_ids"] == [0, 0, tokenizer.eos_token_id]
@@ -165,24 +152,14 @@ def test_targets_are_the_response_and_one_end_of_turn(tokenizer):
 
 
 def test_plain_text_begins_with_the_bos_where_the_tokenizer_writes_one(tokenizer):
-    with_bos = copy.deepcopy(tokenizer)
-    with_bos.add_special_tokens({"bos_token": "<s>"})
-    assert tokenizer.decode(encode(with_bos, "天", "好", "坏")["prompt_ids"]) == "天"
-    bos = ("<s>", with_bos.bos_token_id)
-    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [bos])
-    row = encode(with_bos, "天", "好", "坏")
-    assert with_bos.convert_ids_to_tokens(row["prompt_ids"][:1]) == ["<s>"] and row["prompt_ids"].count(bos[1]) == 1
-    assert with_bos.decode(row["chosen_ids"]) == "好<|endoftext|>"
-    assert bos[1] not in encode(with_bos, USER, "好", "坏")["prompt_ids"]  # there the template has the word
-
-
-def test_boundary_is_not_merged(tokenizer):
-    """The prompt ends with a line break; a response that begins with one would merge with it into one token."""
-    assert len(tokenizer("\n\n")["input_ids"]) == 1
-    row = encode(tokenizer, USER, "\n好", "坏")
-    (newline,) = tokenizer("\n")["input_ids"]
-    assert row["prompt_ids"][-1] == newline and row["chosen_ids"][0] == newline
-    assert row["prompt_ids"] == encode(tokenizer, USER, "好", "坏")["prompt_ids"]
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"bos_token": "<s>"})
+    assert other.decode(encode(other, "天", "好", "坏")["prompt_ids"]) == "天"
+    bos = other.bos_token_id
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", bos)])
+    row = encode(other, "天", "好", "坏")
+    assert other.decode(row["prompt_ids"]) == "<s>天" and other.decode(row["chosen_ids"]) == "好<|endoftext|>"
+    assert bos not in encode(other, USER, "好", "坏")["prompt_ids"]  # there the template has the word
 
 
 @pytest.mark.parametrize("behind, end", [
@@ -193,21 +170,9 @@ def test_end_of_turn(tokenizer, behind, end):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("}}<|im_end|>\n", "}}" + behind)
     assert other.convert_ids_to_tokens(end_of_turn_id(other)) == end
-
-
-@pytest.mark.parametrize("prompt, chosen, rejected", [
-    (turns("u何为<|im_end|>?"), "好", "坏"),
-    (turns("s<|im_start|> u天"), "好", "坏"),
-    (USER, "<|im_end|>好", "坏"),
-    (USER, "好", "坏<|endoftext|><|endoftext|>"),
-    ("天<|endoftext|>", "好", "坏"),
-    ("天", "好<|im_start|>", "坏"),
-])  # fmt: skip
-def test_special_tokens_in_a_text_are_refused(tokenizer, prompt, chosen, rejected):
-    """They would become control tokens. What only looks like one is text."""
-    assert encode(tokenizer, prompt, chosen, rejected)["cause"] == SPECIAL
-    row = encode(tokenizer, USER, "<|im_end", "<| im_end |>")
-    assert tokenizer.decode(row["chosen_ids"]) == "<|im_end<|im_end|>"
+    other.chat_template = "{% for m in messages %}{{ m['content'][0].text }}{% endfor %}"  # for images
+    with pytest.raises(UserError, match="the chat template writes no answer that is a text"):
+        end_of_turn_id(other)
 
 
 def tokenizer_with_a_space_in_front(kind: str, separator: str = " ") -> PreTrainedTokenizerFast:
@@ -230,18 +195,6 @@ def tokenizer_with_a_space_in_front(kind: str, separator: str = " ") -> PreTrain
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["always", "first", "byte level"])
-def test_a_tokenizer_that_writes_a_space_in_front(kind):
-    """A space stands before a response only if the template writes it: there the model goes on, after its prompt."""
-    tokenizer = tokenizer_with_a_space_in_front(kind)
-    assert tokenizer.decode(tokenizer("好")["input_ids"]) == " 好"
-    row = encode(tokenizer, "天地", "红绿", " 红 绿")
-    assert tokenizer.decode(row["chosen_ids"]) == "红绿</s>" and tokenizer.decode(row["rejected_ids"]) == " 红 绿</s>"
-    row = encode(tokenizer, USER, "好", "\n坏")
-    assert tokenizer.decode(row["prompt_ids"]) == " [INST] 天 [/INST]"
-    assert tokenizer.decode(row["chosen_ids"]) == " 好</s>" and tokenizer.decode(row["rejected_ids"]) == " \n坏</s>"
-
-
 @pytest.mark.parametrize("separator", ["\n", "\n\n"])
 def test_a_tokenizer_that_merges_across_line_breaks_loses_no_text(separator):
     """The line break that keeps the space away may be merged with what follows: then there is no telling them apart."""
@@ -254,9 +207,13 @@ def test_a_tokenizer_that_merges_across_line_breaks_loses_no_text(separator):
     assert outcomes == {"", "the tokenizer merges the response with the line break before it"}
 
 
-@pytest.mark.parametrize("kind", ["no space", "always"])
+@pytest.mark.parametrize("kind", ["no space", "always", "first", "byte level"])
 def test_any_text_stands_in_its_tokens(tokenizer, kind):
-    """200 pairs of random texts at four lengths: nothing is lost, added or exchanged, but by the rules of cutting."""
+    """200 pairs of random texts at four lengths: nothing is lost, added or exchanged, but by the rules of cutting.
+
+    A response that begins with a line break does not merge with the prompt's last one. A space stands before a response
+    only if the template writes it.
+    """
     if kind != "no space":
         tokenizer = tokenizer_with_a_space_in_front(kind)
     rng, end = random.Random(0), end_of_turn_id(tokenizer)
@@ -292,17 +249,6 @@ def test_any_text_stands_in_its_tokens(tokenizer, kind):
                 assert cut["truncated"] == (n_prompt < len(row["prompt_ids"]) or expected != sides)
 
 
-def test_truncation_keeps_the_header_and_fakes_no_end(tokenizer):
-    whole = encode(tokenizer, USER, "好" * 10, "坏" * 200)
-    n = len(whole["prompt_ids"]) + len(whole["rejected_ids"])
-    assert encode(tokenizer, USER, "好" * 10, "坏" * 200, n) == whole
-    short, half = (encode(tokenizer, USER, "好" * 10, "坏" * 200, length) for length in (n - 1, 64))
-    assert short["truncated"] and len(short["prompt_ids"]) + len(short["rejected_ids"]) == n - 1
-    assert half["prompt_ids"] == whole["prompt_ids"][-32:]  # its last tokens: the assistant's header stays
-    assert half["rejected_ids"] == whole["rejected_ids"][:32] and half["chosen_ids"] == whole["chosen_ids"][:32]
-    assert half["rejected_ids"][-1] != end_of_turn_id(tokenizer)
-
-
 CONTENT = "{{ m['content'] }}"
 
 
@@ -317,19 +263,11 @@ CONTENT = "{{ m['content'] }}"
 ])  # fmt: skip
 def test_what_a_template_writes_is_compared_with_what_was_given(tokenizer, old, new, cause):
     other, removes = copy.deepcopy(tokenizer), "removes" in cause
-    prompt = turns("s你 u天")
-    chosen, rejected = ("<think>一</think>好", "坏") if removes else ("好", " 好")
-    assert encode(tokenizer, prompt, chosen, rejected)["cause"] == ""
+    texts = (turns("s你 u天"), *(("<think>一</think>好", "坏") if removes else ("好", " 好")))
+    assert encode(tokenizer, *texts)["cause"] == ""
     encoder = Encoder(other, 512)
     other.chat_template = new and tokenizer.chat_template.replace(old, new)
-    assert encoder.encode([Triple(prompt, chosen, rejected)])[0]["cause"] == cause
-
-
-def test_a_template_without_text_is_refused(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match="the chat template writes no answer that is a text"):
-        end_of_turn_id(other)
+    assert encoder.encode([Triple(*texts)])[0]["cause"] == cause
 
 
 # --- whole sets
@@ -366,12 +304,9 @@ def test_split_by_prompt(tmp_path, tokenizer):
     train, held_out = ([prompt_of[i] for i in side.rows] for side in (data.train, data.held_out))
     assert len(set(held_out)) == len(set(prompt_of)) // 10 == 4
     assert all(held_out.count(prompt) == min(2, prompt_of.count(prompt)) for prompt in held_out)
-    assert any(prompt_of.count(prompt) > 2 for prompt in held_out)
     assert sorted(data.train.rows) == [i for i, prompt in enumerate(prompt_of) if prompt not in held_out]
     assert len({*zip(data.train.keys, train, strict=True)}) == len(set(train)) == len(set(data.train.keys))
-
     subset = prepare(load_rows(path), tokenizer, max_train_samples=11, max_eval_samples=20)
-    assert len(subset.train) == 11
     assert subset.held_out.rows.tolist() == data.held_out.rows.tolist()  # the same for every subset
     for most in (0, 1, 3):
         some = prepare(load_rows(path), tokenizer, max_eval_samples=most)
@@ -385,9 +320,8 @@ def test_every_row_is_accounted_for(tmp_path, tokenizer):
     whole, some = (prepare(table, tokenizer, 512, most, 4, ["math"]) for most in (None, 20))
     n_chat = sum(row["domain"] == "chat" for row in rows)
     assert {*some.train.domains, *some.held_out.domains} == {"math"}
-    assert len(some.train) == 20 and some.left_out == whole.left_out | {
-        "more than --max_train_samples": len(whole.train) - 20
-    }
+    n_more = len(whole.train) - len(some.train)
+    assert n_more > 0 and some.left_out == whole.left_out | {"more than --max_train_samples": n_more}
     assert whole.left_out["not in --domains"] == n_chat and f"left out {n_chat} rows: not in" in whole.summary()
     n_same_prompt = len(rows) - n_chat - len(whole.train) - len(whole.held_out)
     assert whole.left_out["their prompt is held out"] == n_same_prompt > 0
@@ -396,8 +330,7 @@ def test_every_row_is_accounted_for(tmp_path, tokenizer):
     assert len(only_evaluated.train) == 0 < len(only_evaluated.held_out) and only_evaluated.train.read([]) == []
     with pytest.raises(UserError, match="--domains: no row has cooking; there is .*chat, math"):
         prepare(table, tokenizer, domains=["cooking"])
-    one_prompt = datasets.Dataset.from_list([coig(chosen=f"好{i}", score=1) for i in range(20)])
-    data = prepare(one_prompt, tokenizer)
+    data = prepare(datasets.Dataset.from_list([coig(f"好{i}", score=1) for i in range(20)]), tokenizer)  # of one prompt
     assert (len(data.train), len(data.held_out)) == (20, 0) and "columns not read: score" in data.summary()
 
 
@@ -406,36 +339,32 @@ def test_held_out_rows_of_their_own(tmp_path, tokenizer):
     path, given = write_jsonl(tmp_path / "a.jsonl", rows), write(tmp_path, rows[:9], "given.parquet")
     data = prepare(load_rows(str(path)), tokenizer, held_out_rows=load_rows(str(given)))
     prompts = [row["conversations"] for row in rows[:9]]
-    assert sorted(data.held_out.rows) == [len(rows) + i for i in range(9)]
+    assert data.n_rows == len(rows) + 9 and sorted(data.held_out.rows) == [len(rows) + i for i in range(9)]
     assert sorted(data.train.rows) == [i for i, row in enumerate(rows) if row["conversations"] not in prompts]
-    assert data.n_rows == len(rows) + 9 and not np.intersect1d(data.train.keys, data.held_out.keys).size
     some = prepare(load_rows(str(path)), tokenizer, max_eval_samples=5, held_out_rows=load_rows(str(given)))
-    assert len(some.held_out) == 5 and some.left_out["more than --max_eval_samples"] == 4
-    assert some.train.fingerprint == data.train.fingerprint
+    assert some.left_out["more than --max_eval_samples"] == 4 and some.train.fingerprint == data.train.fingerprint
 
 
 def test_the_tokens_that_end_responses(tmp_path, tokenizer):
-    plain, ends = {"prompt": "天", "chosen": "好", "rejected": "坏"}, [tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
-    for rows, ends, n in ([coig()], ends[1:], 0), ([plain], ends[:1], 1), ([coig(), plain], ends, 1):
+    ids = [tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    for rows, ends, n in ([coig()], ids[1:], 0), ([PLAIN], ids[:1], 1), ([coig(), PLAIN], ids, 1):
         data = prepare(load_rows(str(write_jsonl(tmp_path / f"{len(rows)}{n}.jsonl", rows))), tokenizer)
         assert (data.end_ids, data.n_plain_text) == (ends, n)
         assert ("no chat template is applied" in data.summary()) == bool(n)
 
 
 def test_a_tokenizer_that_does_not_give_texts_back_is_refused(tokenizer):
-    """As transformers may load one of another kind: `def f(n):` loses its spaces."""
     wrong, rows = copy.deepcopy(tokenizer), datasets.Dataset.from_list([coig("def f(n): return n", "a b")])
     assert len(prepare(rows, tokenizer).train) == 1
-    wrong.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    kinds = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False, use_regex=False)]  # the spaces are lost
+    wrong.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(kinds)
     with pytest.raises(UserError, match="give texts back: 'a b' becomes 'ab'"):
         prepare(rows, wrong)
 
 
 def test_what_is_kept_of_a_set_is_not_another_sets(tmp_path, tokenizer):
     """datasets caches what was read and tokenized: a changed file, length or template must not find the old."""
-    path, n = write_jsonl(tmp_path / "a.jsonl", make_rows()), len(make_rows())
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows())
     whole, short = (prepare(load_rows(str(path)), tokenizer, length) for length in (512, 40))
     assert whole.n_truncated == 0 < short.n_truncated
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
@@ -443,24 +372,25 @@ def test_what_is_kept_of_a_set_is_not_another_sets(tmp_path, tokenizer):
     assert prepare(load_rows(str(path)), other).train.fingerprint != whole.train.fingerprint
     assert prepare(load_rows(str(path)), tokenizer).train.fingerprint == whole.train.fingerprint
     write_jsonl(path, make_rows()[::-1])
-    assert prepare(load_rows(str(path)), tokenizer).n_rows == n
     assert prepare(load_rows(str(path)), tokenizer).train.fingerprint != whole.train.fingerprint
 
 
 def test_bad_rows_are_counted_with_the_first_of_each(tmp_path, tokenizer):
-    n_good, special = len(make_rows(80)), coig("<|im_end|>好")
-    rows = [*make_rows(80), *(row for _, row in BAD_ROWS * 2), special]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    """Special tokens in a text would become control tokens. What only looks like one is text."""
+    good = [*make_rows(90), coig("<|im_end", "<| im_end |>")]
+    special = [coig("<|im_end|>好"), coig("好", "坏<|endoftext|><|endoftext|>"), coig(system="<|im_start|>"),
+               coig(conversations=turns("u<|im_end|>")), *(PLAIN | {name: "<|im_end|>?"} for name in PLAIN)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*good, *(row for _, row in BAD_ROWS * 2), *special])
     with path.open("ab") as file:
         file.write(b"{not json\n")
         file.write(json.dumps(coig(chosen="XX"), ensure_ascii=False).encode().replace(b"XX", b"\xff\xfe") + b"\n")
     data = prepare(load_rows(str(path)), tokenizer, max_eval_samples=0)
-    assert sorted(data.train.rows) == list(range(n_good))
+    assert sorted(data.train.rows) == list(range(len(good)))
     assert set(data.dropped) == {*(cause for cause, _ in BAD_ROWS), "not valid JSON", SPECIAL}
     assert data.n_rows == len(data.train) + sum(data.counts()["dropped"].values())
-    assert data.dropped["row is not an object"] == (2, n_good)
+    assert data.dropped[SPECIAL] == (len(special), len(good) + 2 * len(BAD_ROWS))
     assert data.dropped["chosen: not valid Unicode"][0] == 3  # twice as an escaped surrogate, once as bytes
-    assert f"dropped 2 rows: row is not an object (first: row {n_good})" in data.summary()
+    assert f"dropped 2 rows: row is not an object (first: row {len(good)})" in data.summary()
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\n"
@@ -469,9 +399,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\n"
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", '{"question": "a", "answer": "b"}\n',
      r"1 of 1 rows can't be used: 1 x chosen: missing \(first: row 0\). What is read: prompt \(or conversations"),
-    ("a.jsonl", json.dumps(coig()) + '\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n[]\n',
-     "2 of 3 rows can't be used: 1 x chosen equals rejected .*1 x row is not an object"),
-    ("a.jsonl", '{"prompt": "a", "chosen": "<|im_end|>b", "rejected": "b"}\n', "1 of 1 rows .*contains a special"),
+    ("a.jsonl", f"{json.dumps(coig())}\n[]\n{{\n", "2 of 3 rows .*: 1 x row is not an object .*; 1 x not valid"),
     ("a.jsonl", "", "no rows"),
     ("a.jsonl", "[1, 2", "is not valid JSON"),
     ("a.jsonl", LFS, "git lfs pull"),
@@ -480,7 +408,6 @@ LFS = "version https://git-lfs.github.com/spec/v1\n"
     ("folder/a.csv", "a,b\n", "no .parquet, .json or .jsonl file of split train is in it; not read: a.csv"),
     ("a.csv", "a,b\n", "a file must end in"),
     ("missing.jsonl", None, "no such file"),
-    ("./missing", None, "no such file"),
 ])  # fmt: skip
 def test_unusable_sets_are_refused(tmp_path, monkeypatch, tokenizer, name, content, message):
     monkeypatch.chdir(tmp_path)
@@ -504,13 +431,10 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path, tokenizer):
         (folder / name).write_text("x")
     data = prepare(load_rows(str(folder)), tokenizer, max_eval_samples=0)
     assert len(data.train) == data.n_rows == sum(map(len, rows[:3])) and not data.dropped
-    assert data.source == (
-        "b.parquet, extra_2025.json, train.jsonl; not read: a.csv, dataset_info.json, old.jsonl.bak, "
-        "test/a.jsonl (split test), x.arrow"
-    )
-    assert data.source in data.summary()
+    read, not_read = data.summary().split("; read: ")[1].split("; not read: ")
+    assert (read, len(not_read.split(", "))) == ("b.parquet, extra_2025.json, train.jsonl", 5) and "a.csv" in not_read
     assert len(load_rows(str(folder), "test")) == len(rows[3])
-    with pytest.raises(UserError, match=r"no .*file of split dev is in it, but there is --dataset_split test, train"):
+    with pytest.raises(UserError, match="no .*file of split dev is in it; not read: a.csv, b.parquet"):
         load_rows(str(folder), "dev")
     with pytest.raises(UserError, match="is a single file, which has no splits"):
         load_rows(str(folder / "train.jsonl"), "test")
