@@ -263,6 +263,7 @@ def _read_texts(row: dict, prompt: str | None, chosen: str, rejected: str) -> tu
 def _read_messages(row: dict, prompt: list[Message], chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
     """Prompt and responses of a row of messages; a prompt or a response that is text is a turn of its own."""
     chosen, rejected = _messages(chosen, "chosen", "assistant"), _messages(rejected, "rejected", "assistant")
+    # Where one side only continues the other, nothing is shared: neither is a response.
     n_shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     prompt = _join(row, prompt, chosen[:n_shared])
     chosen, rejected = chosen[n_shared:], rejected[n_shared:]
@@ -627,8 +628,9 @@ def prepare(
     Raises UserError for unknown domains, if most rows can't train, if no row is left to train on (unless
     `max_train_samples` is 0), or if the tokenizer doesn't give texts back.
     """
-    source, first_given = rows.info.description, len(rows)
+    source, first_given = rows.info.description, None
     if held_out_rows is not None:
+        first_given = len(rows)
         source += f"; held out: {held_out_rows.info.description}"
         rows = datasets.concatenate_datasets([rows, held_out_rows])
     if not len(rows):
@@ -641,27 +643,12 @@ def prepare(
     first_rows = [unpack(rows[int(number)]) for number in np.flatnonzero(fates == "")[:20]]
     check_tokenizer(tokenizer, map(read_triple, first_rows))
     if domains is not None:
-        if unknown := set(domains) - set(row_domains):
-            listed = ", ".join(sorted(set(row_domains)))
-            raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {listed}")
+        there = set(row_domains[fates == ""])
+        if unknown := set(domains) - there:
+            raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {', '.join(sorted(there))}")
         fates[(fates == "") & ~np.isin(row_domains, list(domains))] = OTHER_DOMAIN
 
-    # The split. Rows by prompt, in the order of the prompts' hashes; a prompt's rows as in the source.
-    good = np.flatnonzero(fates == "")
-    good = good[np.argsort(keys[good], kind="stable")]
-    if held_out_rows is None:
-        held_out = choose_held_out(good, keys[good], max_eval_samples)
-        fates[good[np.isin(keys[good], keys[held_out])]] = SAME_PROMPT
-    else:
-        given = good[good >= first_given]
-        held_out = given[:max_eval_samples]
-        fates[good[np.isin(keys[good], keys[given])]] = SAME_PROMPT
-        fates[given] = OVER_EVAL
-    fates[held_out] = HELD_OUT
-    train = good[fates[good] == ""]
-    if max_train_samples is not None:
-        fates[train[max_train_samples:]] = OVER_TRAIN
-        train = train[:max_train_samples]
+    train, held_out = split_by_prompt(keys, fates, first_given, max_train_samples, max_eval_samples)
 
     # The second pass tokenizes the rows that are used.
     used, encoder = np.concatenate([train, held_out]), Encoder(tokenizer, max_length)
@@ -679,8 +666,8 @@ def prepare(
             numbers = used[places]
             pairs.append(Pairs(ids, keys[numbers], numbers, row_domains[numbers], fingerprint))
     if not pairs or (not len(pairs[0]) and max_train_samples != 0):
-        counts = {fate: count for fate, count in Counter(fates.tolist()).items() if fate}
-        raise UserError(f"no row is left to train on: {counts}")
+        why = "; ".join(f"{count:,} x {fate}" for fate, count in Counter(fates.tolist()).most_common())
+        raise UserError(f"no row is left to train on: {why}")
     assert not np.intersect1d(pairs[0].keys, pairs[1].keys).size, "a prompt is on both sides of the split"
 
     ends = {encoder.plain_end_id if plain else encoder.end_of_turn_id for plain in is_plain_text[used].tolist()}
@@ -697,11 +684,29 @@ def prepare(
     )
 
 
-def choose_held_out(rows: np.ndarray, keys: np.ndarray, most: int) -> np.ndarray:
-    """Of rows in the order of their prompts' keys: two at most of each prompt in the first tenth of the prompts."""
-    prompts, first, prompt_of_row = np.unique(keys, return_index=True, return_inverse=True)
-    number_in_prompt = np.arange(len(rows)) - first[prompt_of_row]
-    return rows[(prompt_of_row < len(prompts) // 10) & (number_in_prompt < 2)][:most]
+def split_by_prompt(
+    keys: np.ndarray, fates: np.ndarray, first_given: int | None, max_train_samples: int | None, max_eval_samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the rows to train on and to hold out; `fates` is filled in for all that are not trained on.
+
+    Rows from number `first_given` on were given to be held out.
+    """
+    good = np.flatnonzero(fates == "")
+    good = good[np.argsort(keys[good], kind="stable")]  # by prompt, in the order of their hashes; then as in the source
+    if first_given is None:
+        prompts, first, prompt_of_row = np.unique(keys[good], return_index=True, return_inverse=True)
+        number_in_prompt = np.arange(len(good)) - first[prompt_of_row]
+        held_out = good[(prompt_of_row < len(prompts) // 10) & (number_in_prompt < 2)][:max_eval_samples]
+        fates[good[np.isin(keys[good], keys[held_out])]] = SAME_PROMPT
+    else:
+        given = good[good >= first_given]
+        held_out = given[:max_eval_samples]
+        fates[good[np.isin(keys[good], keys[given])]] = SAME_PROMPT
+        fates[given] = OVER_EVAL
+    fates[held_out] = HELD_OUT
+    train = good[fates[good] == ""]
+    fates[train[len(train) if max_train_samples is None else max_train_samples :]] = OVER_TRAIN
+    return train[:max_train_samples], held_out
 
 
 def count_dropped(fates: np.ndarray) -> dict[str, tuple[int, int]]:

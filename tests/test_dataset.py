@@ -116,7 +116,7 @@ BAD_ROWS = [
     ("chosen: messages written as one string", {"prompt": "天", **{k: json.dumps(turns(f"a{k}")) for k in TEXTS}}),
     ("prompt: messages written as one string", {"prompt": str(USER), **TEXTS}),
     *((f"{name}: not supported", coig(**{name: value})) for name, value in (
-        ("tools", '[{"name": "f"}]'), ("images", ["a.png"]), ("history", [["一"]]), ("chat_template_kwargs", {"a": False}))),
+        ("tools", '[{"name": "f"}]'), ("images", [1]), ("history", [["一"]]), ("chat_template_kwargs", {"a": False}))),
     *((f"{name}: not supported", coig() | {"chosen": turns("a好")[0] | {name: "x"}})
       for name in ("tool_calls", "reasoning_content", "thinking")),
 ]  # fmt: skip
@@ -328,7 +328,7 @@ def test_every_row_is_accounted_for(tmp_path, tokenizer):
     assert whole.counts()["dropped"] == {"chosen equals rejected": 1}
     only_evaluated = prepare(table, tokenizer, max_train_samples=0)
     assert len(only_evaluated.train) == 0 < len(only_evaluated.held_out) and only_evaluated.train.read([]) == []
-    with pytest.raises(UserError, match="--domains: no row has cooking; there is .*chat, math"):
+    with pytest.raises(UserError, match="--domains: no row has cooking; there is chat, math"):
         prepare(table, tokenizer, domains=["cooking"])
     data = prepare(datasets.Dataset.from_list([coig(f"好{i}", score=1) for i in range(20)]), tokenizer)  # of one prompt
     assert (len(data.train), len(data.held_out)) == (20, 0) and "columns not read: score" in data.summary()
