@@ -54,7 +54,6 @@ from dataset import (
     StepBatches,
     TreeCollator,
     UserError,
-    end_of_turn_id,
     first_line,
     load_rows,
     prepare,
@@ -106,6 +105,7 @@ class Flags:
     domains: str | None = flag(None, "only these values of the column `domain`, e.g. chat,math; None: all")
     max_length: Annotated[int, at_least(16)] = flag(1024, "tokens of prompt + response; longer pairs are cut")
     max_train_samples: Annotated[int | None, above(0)] = flag(None, "train on this many pairs at most; None: all")
+    eval_dataset_name: str | None = flag(None, "hold out these pairs (file or folder) instead of some of the data's")
     max_eval_samples: Annotated[int, at_least(0)] = flag(
         512, "hold out this many pairs at most, by prompt, and at most a tenth; 0: none"
     )
@@ -154,7 +154,10 @@ DEMO = {
     "train_batch_size": 32, "max_length": 256, "mixed_precision": "no", "logging_steps": 1, "eval_steps": 20,
     "save_steps": 50, "max_new_tokens": 64,
 }  # fmt: skip
-PATHS = ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
+PATHS = (
+    "model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
+    "resume_from_checkpoint",
+)  # fmt: skip
 # Of a resumed run, all flags must be as before but for these. What they select among models and data is compared by
 # content: hashes of the weights and of the tokens.
 MAY_CHANGE_ON_RESUME = {
@@ -613,9 +616,11 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Held-out metrics of the policy as it is now: of all pairs, by domain, and by which response is the longer one.
 
-    The same for any number of processes and any cut into micro-batches.
+    The same for any number of processes and any cut into micro-batches. Empty if no pairs are held out.
     """
     pairs = data.held_out
+    if not len(pairs):
+        return {}
     scorer.eval()
     table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=compute.device)
     for tensors, plan in micro_batches(pairs, collate, compute, accelerator, "Evaluating"):
@@ -631,13 +636,13 @@ def evaluate(
     for part, names in parts.items():
         record[part] = {name: summarize(table[rows], pairs.keys[rows]) for name, rows in names.items() if rows.any()}
     if with_answers and flags.max_new_tokens and accelerator.is_main_process:
-        record["answers"] = answers(scorer.model, tokenizer, pairs, data.end_id, compute, flags.max_new_tokens)
+        record["answers"] = answers(scorer.model, tokenizer, pairs, data.end_ids, compute, flags.max_new_tokens)
     scorer.train()
     return record
 
 
 def answers(
-    model: PreTrainedModel, tokenizer, pairs: Pairs, end_id: int, compute: Compute, max_new_tokens: int
+    model: PreTrainedModel, tokenizer, pairs: Pairs, end_ids: list[int], compute: Compute, max_new_tokens: int
 ) -> list[dict]:
     """What the model answers to six prompts, from as many domains as there are: greedy, one at a time.
 
@@ -654,7 +659,7 @@ def answers(
     # has another one.
     speaker, records = copy.copy(model), []
     speaker.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=end_id, pad_token_id=end_id, max_new_tokens=max_new_tokens
+        do_sample=False, eos_token_id=end_ids, pad_token_id=end_ids[0], max_new_tokens=max_new_tokens
     )
     for pair in pairs.read(sorted(i for _, i in sorted(turns)[:6])):
         prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=compute.device)[None]
@@ -669,7 +674,7 @@ def answers(
                 "answer": tokenizer.decode(ids, skip_special_tokens=True),
                 "chosen": tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True),
                 "n_tokens": len(ids),
-                "stopped": end_id in ids,
+                "stopped": not {*end_ids}.isdisjoint(ids),
                 "repetition": (len(grams) - len(set(grams))) / max(1, len(grams)),
             }
         )
@@ -903,9 +908,9 @@ def read_checkpoint(folder: Path, belongs_to: dict[str, Any], flags: Flags) -> t
     return chosen, state
 
 
-def save_model(model: PreTrainedModel, tokenizer, end_id: int, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer, end_ids: list[int], folder: Path) -> None:
     """What `from_pretrained` needs. The generation config names the end-of-turn token: that is where to stop."""
-    eos = [token for token in dict.fromkeys([end_id, tokenizer.eos_token_id]) if token is not None]
+    eos = [token for token in dict.fromkeys([*end_ids, tokenizer.eos_token_id]) if token is not None]
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = eos[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -913,13 +918,13 @@ def save_model(model: PreTrainedModel, tokenizer, end_id: int, folder: Path) -> 
 
 
 def save_checkpoint(
-    folder: Path, state: dict, model: PreTrainedModel, tokenizer, end_id: int, flags: Flags, log: "Log"
+    folder: Path, state: dict, model: PreTrainedModel, tokenizer, end_ids: list[int], flags: Flags, log: "Log"
 ) -> None:
     """A checkpoint is complete or absent. A disk that is full costs the checkpoint, not the run."""
     final = folder / f"checkpoint-{state['step']}"
     try:
         with written(final), complete_or_absent(final) as aside:
-            save_model(model, tokenizer, end_id, aside)
+            save_model(model, tokenizer, end_ids, aside)
             torch.save(state, aside / "state.pt")
     except UserError as error:
         last = next((str(path) for path in find_checkpoints(folder)), "none")
@@ -978,6 +983,8 @@ class Log:
                 self.say(f"step {line['step']}/{self.total_steps}  {text}  {more}")
 
     def evaluation(self, step: int, epoch: float, found: dict[str, Any]) -> None:
+        if not found:
+            return
         record = {"event": "eval", "step": step, "epoch": epoch} | found
         self.write(record)
         by_reward, by_logp = record["eval_rewards/accuracies"], record["eval_logps/accuracies"]
@@ -1052,20 +1059,12 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise UserError(f"accelerate can't start with these flags: {first_line(error)}") from None
 
 
-TRACKERS = {  # the variable that names a project, and what accelerate's tracker calls the name of a run
-    "wandb": ("WANDB_PROJECT", "name"), "swanlab": ("SWANLAB_PROJECT", "experiment_name"),
-    "trackio": ("TRACKIO_PROJECT", "name"), "mlflow": ("MLFLOW_EXPERIMENT_NAME", "run_name"),
-}  # fmt: skip
-
-
 def start_tracker(accelerator: Accelerator, folder: Path, flags: Flags) -> None:
-    """Project "dpo", or as the tracker's variable says; the run is named after its folder."""
+    """The project is "dpo", or as WANDB_PROJECT, SWANLAB_PROJECT ... says; in `folder`, where the tracker takes one."""
     if flags.report_to != "none":
-        variable, run_name = TRACKERS.get(flags.report_to, ("", ""))
-        options = {flags.report_to: {run_name: folder.name}} if run_name else {}
         config = {name: str(value) if value is None else value for name, value in without_folders(flags).items()}
         accelerator.project_configuration.logging_dir = str(folder)
-        accelerator.init_trackers(os.environ.get(variable, "dpo"), config=config, init_kwargs=options)
+        accelerator.init_trackers(os.environ.get(f"{flags.report_to.upper()}_PROJECT", "dpo"), config)
 
 
 def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, Any]:
@@ -1123,8 +1122,8 @@ def train(flags: Flags) -> Path:
             load_rows(flags.dataset_name, flags.dataset_split), tokenizer, flags.max_length,
             0 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
             flags.domains.split(",") if flags.domains else None,
+            load_rows(flags.eval_dataset_name) if flags.eval_dataset_name else None,
         )  # fmt: skip
-    data.end_id = end_of_turn_id(tokenizer)
     any_pairs = data.train if len(data.train) else data.held_out
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
@@ -1248,7 +1247,7 @@ def train(flags: Flags) -> Path:
             if is_main:
                 state = {"step": step, "belongs_to": belongs_to | settings, "window": asdict(window),
                          "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}  # fmt: skip
-                save_checkpoint(folder, state, policy, tokenizer, data.end_id, flags, log)
+                save_checkpoint(folder, state, policy, tokenizer, data.end_ids, flags, log)
             accelerator.wait_for_everyone()
         log.bar.update()
         if stopping:
@@ -1261,7 +1260,7 @@ def train(flags: Flags) -> Path:
     stop.give_back()
     if is_main:
         with written(folder):
-            save_model(policy, tokenizer, data.end_id, folder)
+            save_model(policy, tokenizer, data.end_ids, folder)
     log.evaluation(step, step / steps.steps_per_epoch, evaluate(scorer, eval_reference, *held_out, with_answers=True))
     log.end(step)
     accelerator.end_training()
@@ -1284,7 +1283,7 @@ def main(argv: Sequence[str]) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        text = f"{first_line(error)} Lower --max_length or, with which a checkpoint can be resumed, --micro_batch_tokens"
+        text = f"{first_line(error)} Lower --micro_batch_tokens, also to resume, or --max_length"
     except KeyboardInterrupt:
         text = "stopped"
     if text:
