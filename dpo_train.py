@@ -1094,7 +1094,9 @@ def compare_models(
     tokenizer, log: Log, flags: Flags,
 ) -> None:  # fmt: skip
     """--eval_only: logged as a run that would have begun as the reference and ended as the policy."""
-    log.start(flags, facts_of(flags, data, compute, "none: two models are compared"))
+    facts = facts_of(flags, data, compute, "none: two models are compared")
+    log.say(header(facts, flags, tokenizer, data.held_out.read([0])[0]))
+    log.start(flags, facts)
     collate, reference = TreeCollator(usual_tokens(compute, flags)), ReferenceModel(ref_model, compute.dtype)
     for model in (ref_model, policy):
         scorer = ResponseScorer(model, compute.dtype)
