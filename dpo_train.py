@@ -900,7 +900,7 @@ def read_checkpoint(folder: Path, belongs_to: dict[str, Any], flags: Flags) -> t
     except Exception as error:  # whatever a file that is no archive makes torch raise
         text = f"{chosen} is no whole checkpoint of this trainer ({first_line(error)})"
         raise UserError(f"{text}: take `latest`, or remove it if the disk was full then") from None
-    for name in before.keys() | belongs_to.keys():
+    for name in belongs_to | before:  # in a fixed order, the hashes first
         if before.get(name) != belongs_to.get(name):
             hint = " (the file, the tokenizer, --max_length, --max_*_samples or --domains)" * (name == "data")
             values = f"{name}{hint} was {before.get(name)} and is {belongs_to.get(name)} now"
