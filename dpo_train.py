@@ -44,7 +44,14 @@ from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+)
 from transformers.utils import find_adapter_config_file
 
 from dataset import (
@@ -257,14 +264,14 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
     """
     if Path(name).exists() and find_adapter_config_file(name):
         raise UserError(f"{flag_name} {name} is a LoRA adapter: merge it into its model first, with peft")
+    if getattr(load(AutoConfig, flag_name, name), "quantization_config", None):
+        raise UserError(f"{flag_name} {name} is quantized: take the model as it was before, in bf16 or float32")
     model, report = load(
         AutoModelForCausalLM, flag_name, name, dtype=torch.float32, attn_implementation="tree",
         use_safetensors=True, output_loading_info=True,  # safetensors: a pickle could run code
     )  # fmt: skip
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: {len(missing)} of its weights are missing in its files: {missing[0]} ...")
-    if getattr(model.config, "quantization_config", None):
-        raise UserError(f"{flag_name} {name} is quantized: take the model as it was before, in bf16 or float32")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
