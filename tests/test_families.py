@@ -40,8 +40,7 @@ DIFFER = "over shared prompts"
 REFUSED = [  # what would be trained in silence is refused for the right reason; others whatever they raise
     ("Mistral", {"sliding_window": 64}, SHORT),
     ("Gemma3Text", {"sliding_window": 64}, SHORT),
-    ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
-     SHORT),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, SHORT),
     ("Gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 8}, "its attention has softcap"),
     ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096}, "its attention has s_aux"),
     ("Bloom", {"n_layer": 2, "n_head": 4}, ""),
@@ -58,7 +57,8 @@ def make_model(name, changes, seed=0):
     sizes = {} if name in ("GPT2", "Mpt") else SMALL
     if name == "Falcon":
         sizes = {key: value for key, value in SMALL.items() if key != "head_dim"}
-    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(vocab_size=N_WORDS, **sizes | changes))
+    config = getattr(transformers, f"{name}Config")(vocab_size=N_WORDS, **sizes | changes)
+    model = AutoModelForCausalLM.from_config(config)
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.3)

@@ -179,7 +179,8 @@ def test_micro_batches_keep_to_the_budget_lose_nothing_and_pad_nothing(budget):
         assert all(type(tensor) is torch.Tensor for tensor in of.values())
         starts, ends = zip(*(segment[:2] for segment in batch.segments), strict=True)
         assert starts == (0, *ends[:-1]) and ends[-1] == of["input_ids"].numel() <= budget
-        for number, *responses in zip(*(of[f"{name}_index"].tolist() for name in ("pair", "chosen", "rejected"))):
+        columns = (of[name].tolist() for name in ("pair_index", "chosen_index", "rejected_index"))
+        for number, *responses in zip(*columns, strict=True):
             n_pairs += 1
             for name, response in zip(SIDES, responses, strict=True):
                 at = of["response_index"] == response
