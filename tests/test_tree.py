@@ -150,7 +150,7 @@ def test_fillers_have_a_loss_of_exactly_0_and_all_gradients(two_models):
 
 
 def test_gradients_of_a_prompt_are_summed_in_float32():
-    """600 responses of one token, to a prompt of one; each sends back 1/2, twice what bf16 can add to 64 and more."""
+    """600 responses to a prompt, all of one token; each sends back 1/2, which bf16 loses when it is added to 128."""
     segments = [(0, 1, 0, 0), *((i, i + 1, 0, 1) for i in range(1, 601))]
     plan = plan_attention(segments, CPU, torch.bfloat16, attend_by_segment)
     query, key = torch.zeros(2, 1, 1, 601, 8, dtype=torch.bfloat16)
