@@ -1128,8 +1128,8 @@ def train(flags: Flags) -> Path:
     compute = Compute(device, dtype, attend_at_once if has_kernel else attend_by_segment)
     (folder,) = accelerate.utils.broadcast_object_list([claim_output_dir(flags) if is_main else None])
     if device.type == "cpu" and not flags.demo:
-        say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): this runs on the CPU, where "
-            "--mixed_precision no is mostly several times as fast")
+        say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): this runs on the CPU, "
+            "where --mixed_precision no is mostly several times as fast")
 
     # 2. Rows to token ids, split by prompt
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)

@@ -101,6 +101,12 @@ def data_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows(60))
 
 
+@pytest.fixture(scope="session")
+def small_data_file(tmp_path_factory) -> Path:
+    """The pairs of trl_losses.json."""
+    return write_jsonl(tmp_path_factory.mktemp("small") / "pairs.jsonl", make_rows())
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="how often test_train.py kills a run")
     parser.addoption("--slow", action="store_true", help="also the tests of half a minute and more")

@@ -46,8 +46,9 @@ def one_run(folder: Path, flip: float, grouped: bool, rate: float, seed: int, fl
     if done.returncode:
         raise SystemExit(done.stderr)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line.get("loss")]
-    return lines[-1] | {"tokens": statistics.fmean(s["tokens_per_second"] / s["pairs_per_second"] for s in steps)}
+    steps = [line for line in lines if line.get("loss") is not None]
+    last = [line for line in lines if line.get("event") == "eval"][-1]
+    return last | {"tokens": statistics.fmean(s["tokens_per_second"] / s["pairs_per_second"] for s in steps)}
 
 
 def draw(path: Path, found: dict, flips: list[float], rates: list[float]) -> None:

@@ -7,7 +7,6 @@ import random
 import re
 
 import datasets
-import numpy as np
 import pytest
 from conftest import WORDS, make_rows, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -15,13 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset import (
     Encoder,
-    StepBatches,
-    TreeCollator,
     Triple,
     Unusable,
     UserError,
     end_of_turn_id,
-    epoch_order,
     load_rows,
     prepare,
     read_triple,
@@ -447,40 +443,3 @@ def test_long_and_strange_texts(tokenizer):
 
 
 # --- the order of the steps
-
-
-def test_epoch_order():
-    keys = np.array([5, 5, 7, 7, 7, 1, 9, 9, 2, 3, 3, 3])
-    order = epoch_order(keys, seed=0, epoch=0)
-    assert sorted(order) == list(range(len(keys)))
-    changes = np.count_nonzero(np.diff(keys[order])) + 1
-    assert changes == len(set(keys))  # a prompt's pairs stay together
-    assert order.tolist() == epoch_order(keys, 0, 0).tolist()
-    assert order.tolist() != epoch_order(keys, 0, 1).tolist() != epoch_order(keys, 1, 0).tolist()
-    spread = epoch_order(keys, 0, 0, group_by_prompt=False)
-    assert sorted(spread) == list(range(len(keys))) and np.count_nonzero(np.diff(keys[spread])) + 1 > changes
-    again, next_one = (epoch_order(keys, 0, epoch, group_by_prompt=False) for epoch in (0, 1))
-    assert spread.tolist() == again.tolist() != next_one.tolist()
-
-
-@pytest.mark.parametrize("group_by_prompt", [True, False])
-def test_a_step_has_the_same_pairs_for_any_number_of_processes(tmp_path, tokenizer, group_by_prompt):
-    pairs = prepare(load_rows(str(write_jsonl(tmp_path / "a.jsonl", make_rows()))), tokenizer, 128, 50, 0).train
-    n_steps = -(-len(pairs) // 8)
-    epochs = []
-    for epoch in (0, 1):
-        epochs.append(epoch_order(pairs.keys, 3, epoch, group_by_prompt).tolist())
-    expected = [order[i : i + 8] for order in epochs for i in range(0, len(pairs), 8)]
-    assert epochs[0] != epochs[1] and len(expected[n_steps - 1]) == 2 and len(pairs) == 50
-    for n_processes in (1, 2, 3):
-        processes = [
-            StepBatches(pairs, TreeCollator(256), 8, 3, group_by_prompt, process, n_processes)
-            for process in range(n_processes)
-        ]
-        assert {steps.steps_per_epoch for steps in processes} == {n_steps}
-        for step in [*range(2 * n_steps), 0, n_steps]:  # in any order: to resume is to begin in the middle
-            batches = [steps[step] for steps in processes]
-            assert len(set(map(len, batches))) == 1  # processes wait for each other at each micro-batch
-            real = [batch for batch in itertools.chain(*batches) if batch["weight"]]
-            assert sorted(i for batch in real for i in batch["pair_index"].tolist()) == sorted(expected[step])
-            assert processes[0].indices(step).tolist() == expected[step]

@@ -64,11 +64,11 @@ def autocast_without_a_driver(device, dtype):
 
 
 @pytest.fixture
-def parts(model_dir, data_file, monkeypatch):
+def parts(model_dir, small_data_file, monkeypatch):
     """A policy and its reference, without values, and the steps, on the host."""
     monkeypatch.setattr(loss, "autocast", autocast_without_a_driver)
     monkeypatch.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: False)  # to choose a kernel would ask the driver
-    data = prepare(load_rows(str(data_file)), AutoTokenizer.from_pretrained(model_dir), 128, None, 8).train
+    data = prepare(load_rows(str(small_data_file)), AutoTokenizer.from_pretrained(model_dir), 128, None, 8).train
     models = (load_model(str(model_dir), Flags()).to("meta") for _ in range(2))
     return *models, StepBatches(data, TreeCollator(160), 4, 42)
 

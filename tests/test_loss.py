@@ -177,10 +177,10 @@ def test_the_logits_never_exist_at_once(monkeypatch):
 # --- eight steps, as TRL takes them
 
 
-def train_ours(case, model_dir, data_file, folder):
+def train_ours(case, model_dir, small_data_file, folder):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    flags = {"model_name_or_path": model_dir, "dataset_name": data_file, "output_dir": folder}
+    flags = {"model_name_or_path": model_dir, "dataset_name": small_data_file, "output_dir": folder}
     flags |= trl_fixture.FLAGS | trl_fixture.CASES[case]
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     dpo_train.train(dpo_train.parse_flags(words))
@@ -195,13 +195,13 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("case", trl_fixture.CASES)
-def test_eight_steps_are_those_of_trl(case, model_dir, data_file, tmp_path):
+def test_eight_steps_are_those_of_trl(case, model_dir, small_data_file, tmp_path):
     """Loss, gradient norm before clipping, log-probabilities and rewards: make_trl_fixture.py wrote TRL's. They are
     computed anew by uv run --with trl==1.16.0 python -m pytest tests/test_loss.py"""
     theirs = json.loads(trl_fixture.FIXTURE.read_text())[case]
-    assert_equal(train_ours(case, model_dir, data_file, tmp_path / "run"), theirs)
+    assert_equal(train_ours(case, model_dir, small_data_file, tmp_path / "run"), theirs)
     if find_spec("trl"):
-        assert_equal(trl_fixture.train_trl(case, model_dir, data_file), theirs)
+        assert_equal(trl_fixture.train_trl(case, model_dir, small_data_file), theirs)
 
 
 def test_the_comparison_with_trl_can_fail():
