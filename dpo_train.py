@@ -44,7 +44,14 @@ from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+)
 from transformers.utils import find_adapter_config_file
 
 from dataset import (
@@ -257,14 +264,14 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
     """
     if Path(name).exists() and find_adapter_config_file(name):
         raise UserError(f"{flag_name} {name} is a LoRA adapter: merge it into its model first, with peft")
+    if getattr(load(AutoConfig, flag_name, name), "quantization_config", None):
+        raise UserError(f"{flag_name} {name} is quantized: take the model as it was before, in bf16 or float32")
     model, report = load(
         AutoModelForCausalLM, flag_name, name, dtype=torch.float32, attn_implementation="tree",
         use_safetensors=True, output_loading_info=True,  # safetensors: a pickle could run code
     )  # fmt: skip
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: {len(missing)} of its weights are missing in its files: {missing[0]} ...")
-    if getattr(model.config, "quantization_config", None):
-        raise UserError(f"{flag_name} {name} is quantized: take the model as it was before, in bf16 or float32")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -342,14 +349,18 @@ def logps_by_tree(pair: dict, model: PreTrainedModel, compute: Compute) -> torch
     return of_pairs(ResponseScorer(model, compute.dtype)(tensors, plan), tensors)[0]
 
 
-def measure(logps: Callable, model: PreTrainedModel, long: dict, short: dict, compute: Compute) -> list[torch.Tensor]:
-    """[2] log-probabilities of the long pair; the gradients of the short pair's for the model's first, middle and last
-    weight: the embedding, a projection, a norm."""
+def gradients(logps: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> list[torch.Tensor]:
+    """Of the pair's summed log-probabilities, for the embedding, a layer's matrices of each kind, and the last norm."""
     weights = list(model.parameters())
-    weights = [weights[0], weights[len(weights) // 2], weights[-1]]
-    gradients = torch.autograd.grad(logps(short, model, compute).sum(), weights, materialize_grads=True)
-    with torch.no_grad():
-        return [logps(long, model, compute).double(), *gradients]
+    matrices = [weight for weight in weights if weight.dim() > 1]
+    middle = len(matrices) // 2
+    chosen = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
+    return list(torch.autograd.grad(logps(pair, model, compute).sum(), chosen, materialize_grads=True))
+
+
+@torch.no_grad()
+def without_gradient(logps: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
+    return logps(pair, model, compute).double()
 
 
 def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -360,16 +371,17 @@ def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tens
 def tree_differs(model, long: dict, short: dict, compute: Compute, own: list, rounding: float) -> str | None:
     """What is wrong with the model over a tree, in words; `rounding` is the relative error of its own rows."""
     try:
-        logps, *gradients = measure(logps_by_tree, model, long, short, compute)
+        logps = without_gradient(logps_by_tree, long, model, compute)
+        error = relative_error(gradients(logps_by_tree, short, model, compute), own[1:])
     except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
         if is_out_of_memory(error):
             raise
         return first_line(error)
-    rtol, atol, most = (2e-5, 1e-2, 1e-3) if compute.dtype == torch.float32 else (2e-2, 0.5, 0.02 + 3 * rounding)
+    rtol, atol, most = (2e-5, 1e-2, 1e-3) if compute.dtype == torch.float32 else (5e-3, 0.5, 0.02 + 3 * rounding)
     if not torch.allclose(logps, own[0], rtol, atol):
         texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, own[0])]
         return f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
-    if not (error := relative_error(gradients, own[1:])) <= most:
+    if not error <= most:
         return f"gradients over shared prompts are {error:.1%} off its own"
     return None
 
@@ -387,12 +399,13 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if positions < max_length:
         raise UserError(f"--max_length {max_length}: {model.name_or_path} has only {positions} positions")
-    given = model, probe_pair(pairs, max_length), probe_pair(pairs, min(max_length, 128))
+    long, short = probe_pair(pairs, max_length), probe_pair(pairs, min(max_length, 128))
+    given = model, long, short
     exact, warning = Compute(compute.device, torch.float32, attend_by_segment), None
     try:
         model.set_attn_implementation("eager")
-        own = measure(logps_by_rows, *given, exact)
-        rounding = relative_error(measure(logps_by_rows, *given, compute)[1:], own[1:])
+        own = [without_gradient(logps_by_rows, long, model, exact), *gradients(logps_by_rows, short, model, exact)]
+        rounding = relative_error(gradients(logps_by_rows, short, model, compute), own[1:])
         model.set_attn_implementation("tree")
         reason = tree_differs(*given, exact, own, rounding)
     except Exception as error:  # of a model that can't be run row by row either
@@ -900,7 +913,7 @@ def read_checkpoint(folder: Path, belongs_to: dict[str, Any], flags: Flags) -> t
     except Exception as error:  # whatever a file that is no archive makes torch raise
         text = f"{chosen} is no whole checkpoint of this trainer ({first_line(error)})"
         raise UserError(f"{text}: take `latest`, or remove it if the disk was full then") from None
-    for name in before.keys() | belongs_to.keys():
+    for name in belongs_to | before:  # in a fixed order, the hashes first
         if before.get(name) != belongs_to.get(name):
             hint = " (the file, the tokenizer, --max_length, --max_*_samples or --domains)" * (name == "data")
             values = f"{name}{hint} was {before.get(name)} and is {belongs_to.get(name)} now"
@@ -1115,7 +1128,8 @@ def train(flags: Flags) -> Path:
     compute = Compute(device, dtype, attend_at_once if has_kernel else attend_by_segment)
     (folder,) = accelerate.utils.broadcast_object_list([claim_output_dir(flags) if is_main else None])
     if device.type == "cpu" and not flags.demo:
-        say(f"warning: torch {torch.__version__} sees no GPU: this runs on the CPU (is the driver too old for it?)")
+        say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): this runs on the CPU, where "
+            "--mixed_precision no is mostly several times as fast")
 
     # 2. Rows to token ids, split by prompt
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)

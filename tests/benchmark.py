@@ -96,12 +96,8 @@ def write_coig_p_shaped(path: Path, n_queries: int, seed: int = 0) -> None:
             rng.shuffle(pairs)
             prompt = f"{compose(*PROMPT_CHARACTERS)}（{query}）"
             for (_, chosen), (_, rejected) in pairs[: max(1, round(rng.gauss(per_query, 0.3 * per_query)))]:
-                row = {
-                    "conversations": [{"from": "human", "value": prompt}],
-                    "chosen": {"from": "gpt", "value": chosen},
-                    "rejected": {"from": "gpt", "value": rejected},
-                    "domain": domain,
-                }
+                sides = {"chosen": {"from": "gpt", "value": chosen}, "rejected": {"from": "gpt", "value": rejected}}
+                row = {"conversations": [{"from": "human", "value": prompt}], **sides, "domain": domain}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -171,7 +167,7 @@ class Watch:
         def see(message, *_, **__):
             if "called a synchronizing" in str(message):
                 frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
-                place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}"
+                place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else "?"
                 places[place] = places.get(place, 0) + 1
 
         def end():
@@ -186,8 +182,8 @@ class Watch:
     def profile(self) -> None:
         kinds = torch.profiler.ProfilerActivity
         profiler = torch.profiler.profile(activities=[kinds.CUDA if CUDA else kinds.CPU])
-        profiler.start()
         synchronize()
+        profiler.start()
         started = time.perf_counter()
 
         def end():
@@ -284,12 +280,9 @@ def run_trl(args: argparse.Namespace, micro_batch: int, gradient_checkpointing: 
     trainer.train()
     rows = [len(pair["prompt_ids"]) + len(pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
     forwards = [rows[i : i + 2 * micro_batch] for i in range(0, len(rows), 2 * micro_batch)]
-    return {
-        "seconds": Clock.seconds,
-        "losses": [float(line["loss"]) for line in trainer.state.log_history if "loss" in line],
-        "tokens": sum(rows),
-        "padded": sum(len(one) * max(one) for one in forwards),
-    }
+    losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+    padded = sum(len(one) * max(one) for one in forwards)
+    return {"seconds": Clock.seconds, "losses": losses, "tokens": sum(rows), "padded": padded}
 
 
 def child(args: argparse.Namespace, worker: str) -> list[str]:
@@ -366,6 +359,9 @@ def note(args: argparse.Namespace, **line) -> None:
 @contextlib.contextmanager
 def attempt(args: argparse.Namespace, **line):
     """What fails in here is noted, and costs only itself."""
+    gc.collect()  # what is left of an earlier one
+    if CUDA:
+        torch.cuda.empty_cache()
     try:
         yield
     except UserError as error:  # what the trainer says, for example that the memory is too small
@@ -373,10 +369,6 @@ def attempt(args: argparse.Namespace, **line):
     except Exception as error:
         traceback.print_exc()
         note(args, **line, failed=f"{type(error).__name__}: {error}"[:500])
-    finally:
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
 
 
 def milliseconds(args: argparse.Namespace, run) -> float:
@@ -441,18 +433,19 @@ def machine(args: argparse.Namespace) -> None:
             at += n
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, at, 64, device=DEVICE).bfloat16() for heads in (14, 2, 2))
+    by = torch.randn(1, at, 14, 64, device=DEVICE).bfloat16()  # the output's gradient
     ways, right = [(loss.attend_by_segment, torch.float32), (loss.attend_by_segment, torch.bfloat16)], None
     for attend, dtype in ways + [(loss.attend_at_once, torch.bfloat16)] * CUDA:
         name = f"{attend.__name__}, {str(dtype).removeprefix('torch.')}"
         with attempt(args, attention=name):
             plan = loss.plan_attention(segments, DEVICE, dtype, attend)
-            leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
 
             def forward(plan=plan, leaves=leaves):
                 return loss.tree_attention(None, *leaves, None, scaling=1 / 8, tree=plan)[0]
 
             output = forward()
-            grads = torch.autograd.grad(output, leaves, torch.ones_like(output).cumsum(1) / at)
+            grads = torch.autograd.grad(output, leaves, by.to(dtype))
             tensors = [x.detach().float() for x in (output, *grads)]
             right = right or tensors
             errors = [((a - b).norm() / b.norm()).item() for a, b in zip(tensors, right, strict=True)]

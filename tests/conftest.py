@@ -1,18 +1,14 @@
 """A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
 
-import itertools
 import json
 import os
 import random
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-import loss
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # most users' machines don't set it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
@@ -60,8 +56,10 @@ def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
 
 
 def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A model's folder, weights stored in bf16 as Qwen2.5's are."""
-    tiny_qwen2(len(tokenizer)).to(torch.bfloat16).save_pretrained(folder)
+    """A model's folder, weights stored in bf16 as Qwen2.5's are; it likes to sample and to avoid repetitions."""
+    model = tiny_qwen2(len(tokenizer)).to(torch.bfloat16)
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -100,11 +98,11 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows())
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows(60))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often test_robust.py kills the demo")
+    parser.addoption("--kills", type=int, default=1, help="how often test_train.py kills a run")
     parser.addoption("--slow", action="store_true", help="also the tests of half a minute and more")
 
 
@@ -112,30 +110,3 @@ def pytest_addoption(parser):
 def slow(pytestconfig):
     if not pytestconfig.getoption("slow"):
         pytest.skip("slow: --slow runs it")
-
-
-def emulate_varlen(monkeypatch):
-    """On a CPU, what `tree` attention does on a GPU, with torch's kernel emulated by its documentation."""
-    monkeypatch.setattr(loss, "varlen_attn", emulated_varlen_attn)
-    monkeypatch.setattr(
-        loss, "plan_attention",
-        lambda segments, dtype, device: partial(loss._attend_at_once, loss._gather_plan(segments, device)),
-    )  # fmt: skip
-
-
-def emulated_varlen_attn(
-    query, key, value, query_ends, key_ends, max_queries, max_keys, scale, window_size, enable_gqa
-):
-    """torch's varlen_attn by its documentation: sequences end to end, causal from the lower right corner."""
-    assert window_size == (-1, 0) and enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
-    bounds = [list(itertools.pairwise(ends.tolist())) for ends in (query_ends, key_ends)]
-    assert [max(b - a for a, b in side) for side in bounds] == [max_queries, max_keys]
-    assert query_ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
-    outputs = []
-    for (a, b), (c, d) in zip(*bounds, strict=True):
-        n_repeat = query.shape[1] // key.shape[1]
-        k, v = (x[c:d].repeat_interleave(n_repeat, dim=1).transpose(0, 1) for x in (key, value))
-        scores = query[a:b].transpose(0, 1) @ k.transpose(1, 2) * scale
-        later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
-        outputs.append((scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs)

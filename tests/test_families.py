@@ -1,128 +1,140 @@
-"""Families of models: each trains with the losses of a naive loop over separate rows, or is refused in one line.
+"""The check of a model before training: families that train as separate rows would, or are refused in one line.
 
-docs/guide.md has the table. Weights are random and tiny; what counts is the architecture (and the chat template).
+docs/guide.md has the table. Weights are random and tiny; what counts is the architecture.
 """
 
-import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import CHATML, make_rows, write_jsonl
-from test_train import arguments, losses, run, type_here
+from test_tree import CPU, N_WORDS, PAIRS, emulated_varlen_attn, error, make_pairs, step_by_rows, step_by_trees
 from transformers import AutoModelForCausalLM
 
-from dataset import StepBatches, TreeCollator, load_rows, prepare
-from loss import dpo_loss
+import loss
+from dataset import TreeCollator, UserError
+from dpo_train import Compute, check_model
+from loss import attend_at_once, attend_by_segment, plan_attention, tree_attention
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-QWEN3 = CHATML.replace(  # as Qwen3's template does for the last turn
-    "{{ m['content'] }}<|im_end|>",
-    "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>",
-)
-FAMILIES = {
-    "Qwen2": ("Qwen2", {"tie_word_embeddings": True}, CHATML),
-    "Qwen3, empty think block": ("Qwen3", {}, QWEN3),
-    "Qwen2-MoE": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 32}, CHATML),
-    "Qwen3-MoE": ("Qwen3Moe", EXPERTS, CHATML),
-    "Mixtral": ("Mixtral", {"num_local_experts": 4}, CHATML),
-    "Llama 3": ("Llama", {"rope_theta": 5e5}, CHATML),
-    "Mistral, no window": ("Mistral", {"sliding_window": None}, CHATML),
-    "Phi 3": ("Phi3", {"pad_token_id": 0}, CHATML),
-    "Gemma 3, window 4096": ("Gemma3Text", {"sliding_window": 4096}, CHATML),
-    "SmolLM3": ("SmolLM3", {"pad_token_id": 0}, CHATML),
-    "GPT-2, plain text": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}, None),
+ACCEPTED = {
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {},
+    "Llama": {"rope_theta": 5e5},
+    "Mistral": {"sliding_window": None},
+    "Phi3": {},
+    "SmolLM3": {},
+    "Gemma3Text": {"sliding_window": 4096},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "Persimmon": {},
+    "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 32},
+    "Qwen3Moe": EXPERTS,
+    "Mixtral": {"num_local_experts": 4},
 }
-REFUSED = {
-    "Mistral, window 64": ("Mistral", {"sliding_window": 64}, "looks back 64 tokens only"),
-    "Gemma 2": ("Gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 8}, "Gemma2ForCausalLM can't be trained"),
-    "Gemma 3": ("Gemma3Text", {"sliding_window": 64}, "looks back 64 tokens only"),
-}
+SHORT = "looks back 64 tokens only, a pair has 128"
+DIFFER = "over shared prompts"
+REFUSED = [  # what would be trained in silence is refused for the right reason; others whatever they raise
+    ("Mistral", {"sliding_window": 64}, SHORT),
+    ("Gemma3Text", {"sliding_window": 64}, SHORT),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, SHORT),
+    ("Gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 8}, "its attention has softcap"),
+    ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096}, "its attention has s_aux"),
+    ("Bloom", {"n_layer": 2, "n_head": 4}, ""),
+    ("Cohere", {"logit_scale": 0.5}, DIFFER),
+    ("Granite", {"logits_scaling": 2.0}, DIFFER),
+    ("Phi", {}, DIFFER),  # its head has a bias, of 0 here
+    ("Falcon", {}, ""),
+    ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}, ""),
+]  # fmt: skip
 
 
-def make_model(folder, tokenizer, name, changes, template):
-    torch.manual_seed(0)
-    config_class = getattr(transformers, f"{name}Config")
-    small = {} if name == "GPT2" else SMALL
-    config = config_class(vocab_size=len(tokenizer), **small | changes)
-    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+def make_model(name, changes, seed=0):
+    torch.manual_seed(seed)
+    sizes = {} if name in ("GPT2", "Mpt") else SMALL
+    if name == "Falcon":
+        sizes = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    config = getattr(transformers, f"{name}Config")(vocab_size=N_WORDS, **sizes | changes)
     model = AutoModelForCausalLM.from_config(config)
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    if name in ("Qwen2Moe", "Qwen3Moe", "Mixtral"):
+        model.set_experts_implementation("eager")  # the other one knows no float64
+    return model.eval()
 
 
-def plain_rows():
-    for row in make_rows():
-        yield {"prompt": row["conversations"][0]["value"], **{k: row[k]["value"] for k in ("chosen", "rejected")}}
+def check(model, dtype=torch.float32, attend=attend_by_segment, max_length=128):
+    given = Compute(CPU, dtype, attend)
+    found, warning = check_model(model, SimpleNamespace(read=lambda _: make_pairs()[:1]), given, max_length)
+    assert (found == given) == (warning is None)
+    return found, warning
 
 
-def naive_losses(folder, data_file, tokenizer, n_steps):
-    data = prepare(load_rows(str(data_file)), tokenizer, 128, 40, 8)
-    steps = StepBatches(data.train, TreeCollator(2048), 8, seed=42)
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    reference = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
-    found = []
-    for step in range(n_steps):
-        columns = []
-        for pair in data.train.read(steps.indices(step)):
-            for model in (policy, reference):
-                for side in ("chosen_ids", "rejected_ids"):
-                    n = len(pair["prompt_ids"])
-                    ids = torch.tensor([[*pair["prompt_ids"], *pair[side]]])
-                    logps = model(input_ids=ids).logits[0, n - 1 : -1].double().log_softmax(-1)
-                    columns.append(logps.gather(1, ids[0, n:, None]).sum())
-        scores = torch.stack(columns).view(-1, 4)
-        loss = dpo_loss(*scores[:, :2].unbind(1), *scores[:, 2:].detach().unbind(1))[0].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted_and_trains_as_separate_rows(name):
+    policy, reference = (make_model(name, ACCEPTED[name], seed) for seed in (0, 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert check(policy, dtype) == (Compute(CPU, dtype, attend_by_segment), None)
+    pairs = PAIRS[:5]
+    expected = step_by_rows(policy, reference, pairs)
+    assert error(step_by_trees(policy, reference, pairs, TreeCollator(40)), expected) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_are_those_of_separate_rows(family, tmp_path, tokenizer):
-    name, changes, template = FAMILIES[family]
-    own = make_model(tmp_path / "model", tokenizer, name, changes, template)
-    data_file = write_jsonl(tmp_path / "pairs.jsonl", list(plain_rows()) if template is None else make_rows())
-    settings = {"max_steps": 3, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-    settings |= {"max_eval_samples": 8, "max_train_samples": 40}
-    found = losses(run(tmp_path / "model", data_file, tmp_path / "run", **settings))
-    assert found == pytest.approx(naive_losses(tmp_path / "model", data_file, own, 3), abs=1e-4)
-    assert abs(found[-1] - found[0]) > 1e-3  # it has moved
+@pytest.mark.parametrize("name, changes, reason", REFUSED)
+def test_refused_in_one_line(name, changes, reason):
+    with pytest.raises(UserError) as caught:
+        check(make_model(name, changes))
+    text = str(caught.value)
+    assert name.removesuffix("Text") in text and "can't be trained here: " in text
+    assert reason in text and "\n" not in text
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_refused_in_one_line(family, tmp_path, tokenizer, data_file):
-    name, changes, reason = REFUSED[family]
-    make_model(tmp_path / "model", tokenizer, name, changes, CHATML)
-    length = 512 if "Gemma 2" in family else 128
-    done = type_here(arguments(tmp_path / "model", data_file, tmp_path / "run", max_length=length))
-    assert done.returncode == 1 and reason in done.stderr and done.stderr.count("\n") == 1
+def test_more_tokens_than_positions_are_refused():
+    with pytest.raises(UserError, match="--max_length 513: .* has only 512 positions"):
+        check(make_model("Qwen2", {}), max_length=513)
 
 
-def test_the_empty_think_block_is_part_of_the_target(tmp_path, tokenizer):
-    own = copy.deepcopy(tokenizer)
-    own.chat_template = QWEN3
-    rows = write_jsonl(tmp_path / "pairs.jsonl", make_rows())
-    (pair,) = prepare(load_rows(str(rows)), own).train.read([0])
-    assert own.decode(pair["chosen_ids"]).startswith("<think>\n\n</think>\n\n")
-    assert own.decode(pair["prompt_ids"]).endswith("<|im_start|>assistant\n")
+def test_an_attention_with_an_unknown_keyword_is_refused():
+    plan = plan_attention([(0, 2, 0, 0)], CPU, torch.float32, attend_by_segment)
+    states = torch.zeros(3, 1, 1, 2, 8)
+    assert tree_attention(None, *states, None, tree=plan, is_causal=True, new_thing=None)[0].shape == (1, 2, 1, 8)
+    with pytest.raises(NotImplementedError, match="its attention has new_thing, which is not understood"):
+        tree_attention(None, *states, None, tree=plan, new_thing=1)
 
 
-def test_messages_need_a_chat_template(tmp_path, tokenizer, data_file):
-    make_model(tmp_path / "model", tokenizer, "GPT2", FAMILIES["GPT-2, plain text"][1], None)
-    done = type_here(arguments(tmp_path / "model", data_file, tmp_path / "run"))
-    assert done.returncode == 1 and "the tokenizer has no chat template" in done.stderr
+# --- the kernel for GPUs, emulated
+
+
+def without_the_prompt(query, key, value, query_ends, key_ends, *others, **settings):
+    """For the last response only."""
+    keys, n = key[: key_ends[-2]], int(query_ends[-1] - query_ends[-2])
+    key, value = (torch.cat([x[: len(keys)], x[-n:].repeat(len(x), 1, 1)[: len(x) - len(keys)]]) for x in (key, value))
+    return emulated_varlen_attn(query, key, value, query_ends, key_ends, *others, **settings)
+
+
+def without_gradients_of_keys(query, key, value, *others, **settings):
+    return emulated_varlen_attn(query, key.detach(), value, *others, **settings)
+
+
+WRONG = {  # what the warning says
+    "raises": (loss.varlen_attn, ""),
+    "no prompt": (without_the_prompt, "log-probabilities over shared prompts"),
+    "no gradients": (without_gradients_of_keys, "gradients over shared prompts are"),
+}
+
+
+@pytest.mark.parametrize("kernel, reason", WRONG.values(), ids=WRONG)
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, kernel, reason):
+    monkeypatch.setattr(loss, "varlen_attn", kernel)
+    found, warning = check(make_model("Qwen2", {}), torch.bfloat16, attend_at_once)
+    assert found.attend is attend_by_segment and found.dtype == torch.bfloat16
+    assert f"FlashAttention can't be used ({reason}" in warning and "attention goes segment by segment" in warning
+
+
+def test_a_kernel_that_is_right_is_used(monkeypatch):
+    monkeypatch.setattr(loss, "varlen_attn", emulated_varlen_attn)
+    assert check(make_model("Qwen2", {}), torch.bfloat16, attend_at_once)[1] is None

@@ -31,7 +31,7 @@ def clone(tmp_path_factory):
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     changed = subprocess.run(["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in changed.stdout.splitlines():  # what is being worked on counts, too
-        if (ROOT / name).exists():
+        if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     return folder
@@ -53,7 +53,7 @@ def test_the_commands_work_as_printed(clone):
         if "--output" in words:
             assert (clone / words[words.index("--output") + 1]).stat().st_size > 0
 
-    lines = [json.loads(line) for line in (clone / "output/demo/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (clone / "output/demo/metrics.jsonl").read_text().split("\n") if line]
     first = next(line for line in lines if "loss" in line)
     before, after = ([line for line in lines if "eval_loss" in line][i] for i in (0, -1))
     assert first["loss"] == pytest.approx(0.6931, abs=5e-4)

@@ -1,212 +1,242 @@
-"""The one idea: a tree row gives what separate rows give, log-probabilities and gradients."""
+"""The one idea: a step over token trees has the loss and the gradients of separate rows, however its pairs are cut.
 
+What a micro-batch looks like is shown by the example of `TreeCollator`, which is a test, too.
+"""
+
+import contextlib
 import copy
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import emulate_varlen, tiny_qwen2
+from conftest import tiny_qwen2
 
-from dataset import TreeCollator, UserError
-from loss import ResponseScorer, plan_attention, tree_mask
+import loss
+from dataset import StepBatches, TreeCollator, UserError, epoch_order
+from dpo_train import Compute, Flags, ReferenceModel, forward_backward
+from loss import ResponseScorer, attend_at_once, attend_by_segment, dpo_loss, plan_attention, tree_attention
 
-N_WORDS = 60
-SIDES = ("chosen_ids", "rejected_ids")
+CPU, N_WORDS, SIDES = torch.device("cpu"), 60, ("chosen_ids", "rejected_ids")
 
 
 def make_pairs(n_prompts=5, seed=0):
-    """Prompts with 4 responses of 1 to 9 tokens, each response in up to 3 pairs; token id 0 occurs everywhere."""
+    """Prompts with 4 responses of 2 to 10 tokens, each response in up to 3 pairs; token id 0 occurs everywhere."""
     rng = np.random.default_rng(seed)
     pairs = []
     for _ in range(n_prompts):
         prompt = rng.integers(0, N_WORDS, rng.integers(1, 12)).tolist()
-        responses = [rng.integers(0, N_WORDS, rng.integers(1, 10)).tolist() + [k] for k in range(4)]
+        responses = [[*rng.integers(0, N_WORDS, rng.integers(1, 10)).tolist(), k] for k in range(4)]
         for a, b in [(0, 1), (0, 2), (3, 1), (0, 3), (2, 1)][: rng.integers(1, 6)]:
-            pairs.append(
-                {"index": len(pairs), "prompt_ids": prompt, "chosen_ids": responses[a], "rejected_ids": responses[b]}
-            )
+            names = {"prompt_ids": prompt, "chosen_ids": responses[a], "rejected_ids": responses[b]}
+            pairs.append({"index": len(pairs)} | names)
     return pairs
 
 
-def separate_rows(model, pairs):
-    """[n, 2] log-probabilities the plain way: a row for each response of each pair, full logits, float64 softmax."""
-    out = []
-    for pair in pairs:
-        for side in SIDES:
-            ids = torch.tensor([pair["prompt_ids"] + pair[side]])
-            n_prompt = len(pair["prompt_ids"])
-            logps = model(input_ids=ids).logits[0, n_prompt - 1 : -1].double().log_softmax(-1)
-            out.append(logps.gather(1, ids[0, n_prompt:, None]).sum())
-    return torch.stack(out).view(-1, 2)
+PAIRS = make_pairs()
 
 
-def trees(model, batches, n_pairs):
-    """[n, 2] log-probabilities by micro-batches of trees."""
-    out = torch.zeros(n_pairs, 2, dtype=torch.float64)
+# --- a step
+
+
+def step_by_rows(model, reference, pairs):
+    """The plain way, in float64: a row for each response of each pair, all logits, no code of ours but the loss."""
+    model, logps = copy.deepcopy(model).double(), []
+    for pair, name, one in itertools.product(pairs, SIDES, (model, copy.deepcopy(reference).double())):
+        one.set_attn_implementation("eager")
+        n = len(pair["prompt_ids"])
+        ids = torch.tensor([pair["prompt_ids"] + pair[name]])
+        found = one(input_ids=ids).logits[0, n - 1 : -1].log_softmax(-1)
+        logps.append(found.gather(1, ids[0, n:, None]).sum())
+    chosen, ref_chosen, rejected, ref_rejected = torch.stack(logps).view(-1, 4).unbind(1)
+    mean = dpo_loss(chosen, rejected, ref_chosen.detach(), ref_rejected.detach())[0].mean()
+    mean.backward()
+    return torch.stack([mean, chosen.mean(), rejected.mean()]).detach(), [w.grad for w in model.parameters()]
+
+
+def train(model, reference, batches, n_pairs, n_processes=1, attend=attend_by_segment):
+    """One process's part of a step, as in training: adds to the gradients, returns the sums."""
+    accelerator = SimpleNamespace(device=CPU, num_processes=n_processes, no_sync=lambda _: contextlib.nullcontext())
+    for one in (model, reference):
+        one.set_attn_implementation("tree")
+    loaded = [Compute(CPU, torch.float32, attend).load(batch) for batch in batches]
+    scorers = ResponseScorer(model, torch.float32), ReferenceModel(reference, torch.float32)
+    return forward_backward(loaded, n_pairs, *scorers, accelerator, Flags())[0]
+
+
+def step_by_trees(model, reference, pairs, collate, n_processes=1, attend=attend_by_segment, change=lambda batch: None):
+    """The same in training: the sum of each process's part, and the mean of the gradients, which DDP takes."""
+    batches, model, sums = collate(pairs, n_processes), copy.deepcopy(model), 0
     for batch in batches:
-        logps = ResponseScorer(model)(batch)
-        sides = torch.stack([logps[batch["chosen_index"]], logps[batch["rejected_index"]]], 1)
-        out = out.index_put((batch["pair_index"],), sides)
-    return out
+        change(batch)
+    for rank in range(n_processes):
+        sums += train(model, reference, batches[rank::n_processes], len(pairs), n_processes, attend)
+    assert sums[-2] == len(pairs) and sums[-1] == sum(batch.segments[-1][1] for batch in batches)
+    return sums[[0, 5, 6]] / len(pairs), [w.grad / n_processes for w in model.parameters()]
 
 
-def assert_equal_separate_rows(model, collate):
-    """Log-probabilities and gradients, in float64 but for the model's own float32 norms."""
-    pairs, model = make_pairs(), model.double()
-    other = copy.deepcopy(model)
-    other.set_attn_implementation("sdpa")
-    weights = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected, ours = separate_rows(other, pairs), trees(model, collate(pairs), len(pairs))
-    for logps in (expected, ours):
-        (logps * weights).sum().backward()
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+def error(ours, expected):
+    """The largest relative error among loss and log-probabilities, and gradients."""
+    both = zip([ours[0], *ours[1]], [expected[0], *expected[1]], strict=True)
+    return max(((a - b).norm() / b.norm()).item() for a, b in both)
 
 
-ONE_ROW = [
-    TreeCollator(10_000, one_row=True), TreeCollator(64, one_row=True), TreeCollator(10_000, one_row=True, share=False)
-]  # fmt: skip
-ROWS = [TreeCollator(10_000), TreeCollator(64), TreeCollator(10_000, share=False)]
+@pytest.fixture(scope="module")
+def two_models():
+    models = tiny_qwen2(N_WORDS).eval(), tiny_qwen2(N_WORDS, seed=1).eval()
+    return *models, step_by_rows(*models, PAIRS)
 
 
-@pytest.mark.parametrize("implementation, collate", [
-    *(("sdpa", collate) for collate in ROWS + ONE_ROW), *(("tree", collate) for collate in ONE_ROW),
-])  # fmt: skip
-def test_trees_equal_separate_rows(implementation, collate):
-    model = tiny_qwen2(N_WORDS)
-    model.set_attn_implementation(implementation)
-    assert_equal_separate_rows(model, collate)
+def emulated_varlen_attn(query, key, value, query_ends, key_ends, max_q, max_k, scale, window_size, enable_gqa=True):
+    """torch's varlen_attn by its documentation: sequences end to end, causal from the lower right corner."""
+    assert window_size == (-1, 0) and enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
+    bounds = [list(itertools.pairwise(ends.tolist())) for ends in (query_ends, key_ends)]
+    assert [max(b - a for a, b in side) for side in bounds] == [max_q, max_k]
+    assert query_ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
+    outputs = []
+    for (a, b), (c, d) in zip(*bounds, strict=True):
+        k, v = (x[c:d].repeat_interleave(query.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (key, value))
+        scores = (query[a:b].transpose(0, 1) @ k.transpose(1, 2)).float() * (scale or query.shape[2] ** -0.5)
+        later = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        outputs.append((scores.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+    return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("collate", ONE_ROW)
-def test_the_indices_for_varlen_attn_are_right_if_we_read_its_documentation_right(collate, monkeypatch):
-    """Index arithmetic alone: the GPU's kernel is not run, but emulated by what its documentation says."""
-    emulate_varlen(monkeypatch)
-    model = tiny_qwen2(N_WORDS)
-    model.set_attn_implementation("tree")
-    assert_equal_separate_rows(model, collate)
+@pytest.mark.parametrize("attend", [attend_by_segment, attend_at_once])
+@pytest.mark.parametrize(
+    "collate, n_processes",
+    [(TreeCollator(10_000), 1), (TreeCollator(64), 1), (TreeCollator(40), 3), (TreeCollator(10_000), 7),
+     (TreeCollator(10_000, share=False), 1), (TreeCollator(100, share=False), 2)],
+)  # fmt: skip
+def test_a_step_cut_in_any_way_equals_separate_rows(two_models, monkeypatch, collate, n_processes, attend):
+    """In float32; `attend_at_once` with the GPU's kernel emulated. With seven processes there are fillers."""
+    monkeypatch.setattr(loss, "varlen_attn", emulated_varlen_attn)
+    *models, expected = two_models
+    assert error(step_by_trees(*models, PAIRS, collate, n_processes, attend), expected) < 1e-5
 
 
-def test_float32_on_a_gpu_goes_by_segment():
-    """The kernel knows no float32."""
-    query, key, value = torch.randn(3, 1, 2, 5, 8).unbind(0)
-    attend = plan_attention([(0, 5, 0, 0)], torch.float32, torch.device("cuda"))
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(attend(query, key, value, None).transpose(1, 2), expected)
+def causal_over_the_row(batch):
+    batch.segments[:] = [(0, batch.tensors["input_ids"].numel(), 0, 0)]
 
 
-@pytest.mark.parametrize("mistake", ["causal mask only", "positions run on", "tree ids ignored", "segments shifted"])
-def test_the_comparison_can_fail(mistake):
-    """Each wrong way of attending to a tree gives clearly other numbers."""
-    pairs, model = make_pairs(), tiny_qwen2(N_WORDS)
-    batches = TreeCollator(10_000, one_row=True)(pairs)
-    for batch in batches:
-        if mistake == "causal mask only":
-            batch["branch_ids"] = torch.zeros_like(batch["branch_ids"])
-        elif mistake == "positions run on":
-            batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
-        elif mistake == "tree ids ignored":
-            batch["tree_ids"] = torch.zeros_like(batch["tree_ids"])
-        else:
-            model.set_attn_implementation("tree")
-            batch["segments"] = [(a, b, c, max(c, d - 1)) for a, b, c, d in batch["segments"]]
-    with torch.no_grad():
-        ours = trees(model, batches, len(pairs))
-        model.set_attn_implementation("sdpa")
-        assert (ours - separate_rows(model, pairs)).abs().max() > 0.1
+def prompt_left_out(batch):
+    batch.segments[1] = (*batch.segments[1][:2], *batch.segments[1][:1] * 2)
 
 
-def test_mask_by_hand():
-    """Prompt a b, responses c d and e; then a second tree f with response g; one padding token."""
-    branch_ids = torch.tensor([[0, 0, 1, 1, 2, 0, 3, -1]])
-    tree_ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1]])
-    seen = tree_mask(branch_ids, tree_ids, torch.float32)[0, 0] == 0
-    expected = [
-        "x.......",
-        "xx......",
-        "xxx.....",
-        "xxxx....",
-        "xx..x...",
-        ".....x..",
-        ".....xx.",
-        ".......x",
-    ]
-    assert ["".join(".x"[int(value)] for value in row) for row in seen] == expected
+def prompt_one_token_short(batch):
+    batch.segments[:] = [(a, b, c, max(c, d - 1)) for a, b, c, d in batch.segments]
 
 
-@pytest.mark.parametrize("budget", [40, 64, 200, 10_000])
-@pytest.mark.parametrize("one_row", [False, True])
-def test_micro_batches_keep_to_the_budget_and_lose_nothing(budget, one_row):
-    pairs = make_pairs(12, seed=3)
-    batches = TreeCollator(budget, one_row=one_row)(pairs)
-    assert sorted(i for batch in batches for i in batch["pair_index"].tolist()) == list(range(len(pairs)))
-    for batch in batches:
-        assert batch["n_tokens"] == (batch["branch_ids"] >= 0).sum() <= batch["input_ids"].numel() <= budget
-        assert batch["index_on_host"].tolist() == batch["pair_index"].tolist() and batch["weight"] == 1
-        assert len(batch["target_ids"]) == batch["response_lengths"].sum() == (batch["branch_ids"] > 0).sum()
-        for index, *sides in zip(
-            *(batch[name].tolist() for name in ("pair_index", "chosen_index", "rejected_index")), strict=True
-        ):
-            for side, response in zip(SIDES, sides, strict=True):
-                of_response = batch["response_index"] == response
-                assert batch["target_ids"][of_response].tolist() == pairs[index][side]
-                first = batch["predictor_index"][of_response][0]
-                assert batch["branch_ids"].flatten()[first] == 0  # a prompt's last token predicts a response's first
-                assert batch["input_ids"].flatten()[first] == pairs[index]["prompt_ids"][-1]
+def positions_run_on(batch):
+    batch.tensors["position_ids"] = torch.arange(batch.tensors["input_ids"].numel())[None]
 
 
-def test_each_prompt_and_response_is_encoded_once():
-    pairs = make_pairs(12, seed=3)
-    (batch,) = TreeCollator(100_000)(pairs)
-    distinct = {(tuple(p["prompt_ids"]), tuple(p[side])) for p in pairs for side in SIDES}
-    prompts = {tuple(p["prompt_ids"]) for p in pairs}
-    assert batch["n_tokens"] == sum(map(len, prompts)) + sum(len(response) for _, response in distinct)
-    (unshared,) = TreeCollator(100_000, share=False)(pairs)
-    assert unshared["n_tokens"] == sum(len(p["prompt_ids"]) + len(p[side]) for p in pairs for side in SIDES)
+MISTAKES = [causal_over_the_row, prompt_left_out, prompt_one_token_short, positions_run_on]
 
 
-def test_a_tree_that_fits_is_not_split():
-    pairs = make_pairs(12, seed=3)
-    prompts = {tuple(pair["prompt_ids"]) for pair in pairs}
-    groups = [[pair for pair in pairs if tuple(pair["prompt_ids"]) == prompt] for prompt in prompts]
-    sizes = [TreeCollator(100_000)(group)[0]["n_tokens"] for group in groups]
-    batches = TreeCollator(max(sizes))(pairs)
-    assert len(batches) > 1 and sum(batch["n_tokens"] for batch in batches) == sum(sizes)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_can_fail(two_models, mistake):
+    *models, expected = two_models
+    assert error(step_by_trees(*models, PAIRS, TreeCollator(10_000), change=mistake), expected) > 0.01
 
 
-def test_a_tree_that_is_cut_is_cut_where_little_is_shared():
-    """Two sets of three responses, in turns: each set's pairs stay together, and no response is encoded twice."""
-    sets = [[[10 * s + k] * 4 for k in range(3)] for s in (1, 2)]
-    pairs = [{"index": 2 * i + s, "prompt_ids": [5, 6], "chosen_ids": sets[s][a], "rejected_ids": sets[s][b]}
-             for i, (a, b) in enumerate([(0, 1), (0, 2), (1, 2)]) for s in (0, 1)]  # fmt: skip
-    assert [batch["n_tokens"] for batch in TreeCollator(20)(pairs)] == [2 + 3 * 4] * 2
+def test_fillers_have_a_loss_of_exactly_0_and_all_gradients(two_models):
+    """None missing: DDP would wait for it."""
+    batches, model = TreeCollator(10_000)(PAIRS[:1], 3), copy.deepcopy(two_models[0])
+    assert [len(batch.tensors["pair_index"]) for batch in batches] == [1, 0, 0]
+    assert not train(model, two_models[1], batches[1:], 1)[:-1].any()
+    assert not any(weight.grad.any() for weight in model.parameters())
 
 
-def test_fillers_keep_processes_in_step():
-    pairs = make_pairs(2)[:2]
-    batches = TreeCollator(10_000)(pairs, n_processes=4)
-    assert len(batches) == 4
-    real = [batch for batch in batches if batch["weight"]]
-    assert sorted(i for batch in real for i in batch["pair_index"].tolist()) == [0, 1]
-
-
-def test_a_pair_too_long_for_the_budget_is_refused():
-    with pytest.raises(UserError, match="--micro_batch_tokens 10 is too small for a pair of 11 tokens"):
-        TreeCollator(10)([{"index": 0, "prompt_ids": [1] * 9, "chosen_ids": [1], "rejected_ids": [2]}])
+def test_gradients_of_a_prompt_are_summed_in_float32():
+    """600 responses to a prompt, all of one token; each sends back 1/2, which bf16 loses when it is added to 128."""
+    segments = [(0, 1, 0, 0), *((i, i + 1, 0, 1) for i in range(1, 601))]
+    plan = plan_attention(segments, CPU, torch.bfloat16, attend_by_segment)
+    query, key = torch.zeros(2, 1, 1, 601, 8, dtype=torch.bfloat16)
+    value = torch.zeros_like(query, requires_grad=True)
+    tree_attention(None, query, key, value, None, tree=plan)[0].sum().backward()
+    assert value.grad[0, 0, 0].tolist() == [301.0 // 2 * 2] * 8  # 1 + 600 / 2, to the nearest bf16
 
 
 def test_answers_do_not_depend_on_the_attention():
     """Generating, there is no tree: the same tokens as with sdpa, greedy, and the cache is used."""
-    model = tiny_qwen2(N_WORDS).eval()
-    prompt = torch.arange(1, 20)[None]
-    answers = []
+    model, prompt, answers = tiny_qwen2(N_WORDS).eval(), torch.arange(1, 20)[None], []
     for implementation in ("sdpa", "tree"):
         model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            answers.append(model.generate(prompt, max_new_tokens=30, do_sample=False).tolist())
-            cache = model(prompt[:, :-1], use_cache=True).past_key_values
-            last = model(prompt[:, -1:], past_key_values=cache).logits
-            torch.testing.assert_close(last, model(prompt, use_cache=False).logits[:, -1:])
+        answers.append(model.generate(prompt, max_new_tokens=30, do_sample=False).tolist())
     assert answers[0] == answers[1]
+
+
+# --- micro-batches
+
+
+@pytest.mark.parametrize("budget", [40, 64, 200, 10_000])
+def test_micro_batches_keep_to_the_budget_lose_nothing_and_pad_nothing(budget):
+    pairs, n_pairs = make_pairs(12, seed=3), 0
+    for batch in TreeCollator(budget)(pairs):
+        of = batch.tensors
+        assert all(type(tensor) is torch.Tensor for tensor in of.values())
+        starts, ends = zip(*(segment[:2] for segment in batch.segments), strict=True)
+        assert starts == (0, *ends[:-1]) and ends[-1] == of["input_ids"].numel() <= budget
+        columns = (of[name].tolist() for name in ("pair_index", "chosen_index", "rejected_index"))
+        for number, *responses in zip(*columns, strict=True):
+            n_pairs += 1
+            for name, response in zip(SIDES, responses, strict=True):
+                at = of["response_index"] == response
+                assert of["target_ids"][at].tolist() == pairs[number][name]
+                assert of["response_lengths"][response] == len(pairs[number][name])
+                read = of["input_ids"][0, of["predictor_index"][at]].tolist()
+                assert read == [pairs[number]["prompt_ids"][-1], *pairs[number][name][:-1]]
+    assert n_pairs == len(pairs)
+
+
+def test_each_prompt_and_response_is_encoded_once():
+    pairs = make_pairs(12, seed=3)
+    (shared,), (unshared,) = TreeCollator(100_000)(pairs), TreeCollator(100_000, share=False)(pairs)
+    prompts = {tuple(pair["prompt_ids"]) for pair in pairs}
+    distinct = {(tuple(pair["prompt_ids"]), tuple(pair[name])) for pair in pairs for name in SIDES}
+    n_tokens = sum(map(len, prompts)) + sum(len(response) for _, response in distinct)
+    assert shared.tensors["input_ids"].numel() == n_tokens
+    n_tokens = sum(len(pair["prompt_ids"]) + len(pair[name]) for pair in pairs for name in SIDES)
+    assert unshared.tensors["input_ids"].numel() == n_tokens
+
+
+def test_a_tree_is_cut_only_if_it_must_be_and_where_little_is_shared():
+    """Two sets of three responses, in turns: each set's pairs stay together, and no response is encoded twice."""
+    sets = [[[10 * s + k] * 4 for k in range(3)] for s in (1, 2)]
+    pairs = [{"index": 2 * i + s, "prompt_ids": [5, 6], "chosen_ids": sets[s][a], "rejected_ids": sets[s][b]}
+             for i, (a, b) in enumerate([(0, 1), (0, 2), (1, 2)]) for s in (0, 1)]  # fmt: skip
+    for budget, n_tokens in ((20, [2 + 3 * 4] * 2), (26, [2 + 6 * 4])):
+        assert [batch.tensors["input_ids"].numel() for batch in TreeCollator(budget)(pairs)] == n_tokens
+    with pytest.raises(UserError, match="--micro_batch_tokens 9 is too small for a pair of 10 tokens"):
+        TreeCollator(9)(pairs)
+
+
+# --- the order of the steps
+
+KEYS = np.array([5, 5, 7, 7, 7, 1, 9, 9, 2, 3, 3, 3])  # of the prompts of twelve pairs
+
+
+@pytest.mark.parametrize("group_by_prompt", [True, False])
+def test_an_epoch_is_a_shuffle_that_keeps_a_prompts_pairs_together(group_by_prompt):
+    order, *others = (epoch_order(KEYS, *numbers, group_by_prompt).tolist() for numbers in ((0, 0), (0, 1), (1, 0)))
+    assert sorted(order) == list(range(12)) and order not in others and others[0] != others[1]
+    assert (np.count_nonzero(np.diff(KEYS[order])) + 1 == len(set(KEYS))) == group_by_prompt
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_a_step_has_the_same_pairs_for_any_number_of_processes(n_processes):
+    pairs = [{"index": i, "prompt_ids": [key], "chosen_ids": [i, 1], "rejected_ids": [2]} for i, key in enumerate(KEYS)]
+
+    class Set:
+        keys, read, __len__ = KEYS, lambda _, index: [pairs[i] for i in index], lambda _: len(KEYS)
+
+    epochs = [epoch_order(KEYS, 3, epoch).tolist() for epoch in (0, 1)]
+    expected = [order[i : i + 5] for order in epochs for i in (0, 5, 10)]  # the last step has two pairs
+    processes = [StepBatches(Set(), TreeCollator(16), 5, 3, True, rank, n_processes) for rank in range(n_processes)]
+    for step in (0, 1, 2, 3, 4, 5, 0, 3):  # in any order: to resume is to begin in the middle
+        batches = [steps[step] for steps in processes]
+        assert len(set(map(len, batches))) == 1  # processes wait for each other at each micro-batch
+        indices = [i for batch in itertools.chain(*batches) for i in batch.tensors["pair_index"].tolist()]
+        assert sorted(indices) == sorted(expected[step]) and processes[0].indices(step).tolist() == expected[step]
