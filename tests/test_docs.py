@@ -1,10 +1,14 @@
-"""The documentation: its code prints what the pages show; flags, links and names exist; the two languages agree."""
+"""The documentation: its code prints what the pages show; its diffs apply and work; flags, links and names exist; the
+two languages agree."""
 
 import ast
 import contextlib
 import importlib.util
 import io
+import json
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -19,13 +23,15 @@ from dpo_train import Flags
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-GUIDES = [DOCS / "guide.md", DOCS / "guide.zh.md"]
+WITH_PYTHON = [page for page in PAGES if page.name.split(".")[0] in ("guide", "theory")]
 IN_BOTH_LANGUAGES = [
-    (ROOT / "README.md", DOCS / "README.zh.md"), (DOCS / "performance.md", DOCS / "performance.zh.md"), GUIDES,
+    (ROOT / "README.md" if page.name == "README.zh.md" else DOCS / page.name.replace(".zh", ""), page)
+    for page in PAGES if ".zh." in page.name
 ]  # fmt: skip
-OTHER_TOOLS = {  # flags of accelerate launch, uv, hf upload, and TRL
+WITH_FORMULA_TABLE = {"theory"}
+OTHER_TOOLS = {  # flags of accelerate launch, uv, hf upload, lm_eval
     "multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
-    "with", "exclude", "private", "bf16",
+    "with", "from", "exclude", "model_args", "tasks",
 }  # fmt: skip
 FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 
@@ -57,18 +63,59 @@ def inline_formulas(text: str) -> list[str]:
     return re.findall(r"\$([^$\n]+)\$", re.sub(r"\$\$.+?\$\$", "", prose(text), flags=re.DOTALL))
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=named)
-def test_python_blocks_print_what_the_page_shows(guide):
-    found = blocks(read(guide))
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
+def test_python_blocks_print_what_the_page_shows(page):
+    found = blocks(read(page))
     namespace: dict = {}
     for i, (language, code) in enumerate(found):
         if language != "python":
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, f"{guide.name}, block {i}", "exec"), namespace)
+            exec(compile(code, f"{page.name}, block {i}", "exec"), namespace)
         if i + 1 < len(found) and found[i + 1][0] == "text":
             assert printed.getvalue().rstrip() == found[i + 1][1].rstrip()
+
+
+def copy_with(folder: Path, diffs: list[str]) -> Path:
+    """The program in a folder of its own, with these diffs applied."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copytree(DOCS / "sample", folder / "docs" / "sample")
+    for diff in diffs:
+        subprocess.run(["git", "apply", "-"], cwd=folder, input=diff, text=True, check=True)
+    return folder
+
+
+def test_the_diffs_apply_and_work(tmp_path):
+    """A new loss, a new metric and rows of another form, all in one run; LoRA where peft is installed."""
+    diffs = [content for language, content in blocks(read(DOCS / "guide.md")) if language == "diff"]
+    with_peft = [diff for diff in diffs if "peft" in diff]
+    (tmp_path / "lora").mkdir()
+    copy_with(tmp_path / "lora", with_peft)
+    folder = tmp_path / "others"
+    folder.mkdir()
+    copy_with(folder, [diff for diff in diffs if diff not in with_peft])
+    rows = [
+        {"instruction": f"{n} + 1?", "input": "", "chosen": f"{n + 1}。", "rejected": "不知道。"} for n in range(40)
+    ]
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    few = ["--demo", "--max_steps", "2", "--max_new_tokens", "0", "--save_steps", "0", "--output_dir", "run"]
+
+    def trains(folder, *flags):
+        words = [sys.executable, "dpo_train.py", *few, *flags]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    trains(folder, "--dataset_name", "alpaca.json", "--loss_type", "sppo")
+    log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert log[0]["loss_at_start"] == pytest.approx(2 * (0.5 / 0.1) ** 2)
+    assert all("drift" in line for line in log if "loss" in line)
+    assert all("eval_drift_se" in line for line in log if "eval_loss" in line)
+    assert "| drift |" in (folder / "run" / "report.md").read_text()
+    if importlib.util.find_spec("peft"):
+        trains(tmp_path / "lora", "--save_steps", "1")
+        assert (tmp_path / "lora" / "run" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("pages", IN_BOTH_LANGUAGES, ids=named)
@@ -124,7 +171,7 @@ def test_relative_links_and_images_exist(page):
                 assert anchor in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], target
 
 
-@pytest.mark.parametrize("page", [page for pair in IN_BOTH_LANGUAGES for page in pair], ids=named)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_functions_of_the_formula_table_exist(page):
     """Rows that link to a source file, such as | term | `name` in [file.py](../file.py) |"""
     cells = [cell for line in read(page).splitlines() if line.startswith("|") for cell in line.split("|")[1:-1]]
@@ -133,7 +180,7 @@ def test_functions_of_the_formula_table_exist(page):
         names = {getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)
                  for file in files for node in ast.parse(read(ROOT / file)).body}  # fmt: skip
         assert not files or set(re.findall(r"`([A-Za-z_]+)`", cell)) <= names
-    if "performance" not in page.name:
+    if page.name.split(".")[0] in WITH_FORMULA_TABLE:
         assert any(".py)" in cell for cell in cells)
 
 
