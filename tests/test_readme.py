@@ -21,7 +21,7 @@ def commands(page: Path) -> list[str]:
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()
         if not re.match("# (needs|需要)", lines[0]):
-            found += [line.split("  #")[0].strip() for line in lines if not re.search("# (needs|需要)", line)]
+            found += [line.split("  #")[0].strip() for line in lines if not re.search("^#|# (needs|需要)", line)]
     return found
 
 

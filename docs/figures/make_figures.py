@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import torch  # noqa: E402
 
 from dataset import TreeCollator  # noqa: E402
-from loss import dpo_loss, tree_mask  # noqa: E402
+from loss import attend_by_segment, dpo_loss, plan_attention  # noqa: E402
 
 SANS = "Helvetica, Arial, 'DejaVu Sans', 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', sans-serif"
 INK, SOFT, LINE, CARD, EMPTY = "#1F2933", "#52606D", "#9AA5B1", "#FFFFFF", "#EEF1F4"
@@ -25,6 +25,11 @@ PAIRS = [
     {"index": 0, "prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [8, 9]},
     {"index": 1, "prompt_ids": [5, 6], "chosen_ids": [7, 9], "rejected_ids": [4, 4, 9]},
 ]
+
+
+def branches_of(batch) -> list[int]:
+    """Of each token 0 for the prompt, k for the k-th response."""
+    return [branch for branch, (start, end, _, _) in enumerate(batch.segments) for _ in range(start, end)]
 
 
 class Drawing:
@@ -141,7 +146,7 @@ def draw_tree() -> None:
     """Separate rows for each response of each pair, and the one row of the collator with its predictor arcs."""
     (batch,) = TreeCollator(micro_batch_tokens=16)(PAIRS)
     side, left = 44, 250
-    d = Drawing(700, 478, "Four separate rows of 17 tokens, or one tree row of 9")
+    d = Drawing(700, 454, "Four separate rows of 17 tokens, or one tree row of 9")
     rows = [(PAIRS[0], "chosen", 1), (PAIRS[0], "rejected", 2), (PAIRS[1], "chosen", 1), (PAIRS[1], "rejected", 3)]
     total = 0
     for r, (pair, name, branch) in enumerate(rows):
@@ -154,35 +159,37 @@ def draw_tree() -> None:
     d.text(676, 118, f"{total} tokens", 15, SOFT, "end")
     d.path("M20 226H680", tip=False, color=LINE, width=1)
     y = 336
-    tokens, branches = batch["input_ids"][0].tolist(), batch["branch_ids"][0].tolist()
+    tokens, branches = batch.tensors["input_ids"][0].tolist(), branches_of(batch)
     for i, (token, branch) in enumerate(zip(tokens, branches, strict=True)):
         d.token(left + i * side, y, side, token, BRANCHES[branch])
     response_positions = [i for i, branch in enumerate(branches) if branch > 0]
-    for predictor, at in zip(batch["predictor_index"].tolist(), response_positions, strict=True):
+    for predictor, at in zip(batch.tensors["predictor_index"].tolist(), response_positions, strict=True):
         a, b = left + (predictor + 0.5) * side, left + (at + 0.5) * side
         height = 16 + 13 * (at - predictor)
         d.path(f"M{a} {y - 2}C{a} {y - height} {b} {y - height} {b} {y - 3}", color=BRANCHES[branches[at]])
     d.text(24, y + 27, "input_ids", 15, anchor="start")
-    for name, offset in (("position_ids", 68), ("branch_ids", 96)):
-        d.text(24, y + offset, name, 15, anchor="start")
-        for i, value in enumerate(batch[name][0].tolist()):
-            d.text(left + (i + 0.5) * side, y + offset, value, 15, SOFT)
+    d.text(24, y + 68, "position_ids", 15, anchor="start")
+    for i, value in enumerate(batch.tensors["position_ids"][0].tolist()):
+        d.text(left + (i + 0.5) * side, y + 68, value, 15, SOFT)
+    d.text(24, y + 98, "segments", 15, anchor="start")
     for first, width, branch in ((0, 2, 0), (2, 2, 1), (4, 2, 2), (6, 3, 3)):
         x = left + first * side
-        d.path(f"M{x + 4} {y + 106}H{x + width * side - 4}", tip=False, color=BRANCHES[branch], width=3)
-        d.text(x + width * side / 2, y + 126, RESPONSES[branch], 15, BRANCHES[branch], bold=True)
+        d.path(f"M{x + 4} {y + 82}H{x + width * side - 4}", tip=False, color=BRANCHES[branch], width=3)
+        d.text(x + width * side / 2, y + 102, RESPONSES[branch], 15, BRANCHES[branch], bold=True)
     d.text(24, y - 40, f"{len(tokens)} tokens", 15, SOFT, "start")
     d.text(24, y - 18, "predictor → target", 15, SOFT, "start")
     d.save("tree.svg")
 
 
 def draw_mask() -> None:
-    """What `tree_mask` lets each token see."""
+    """What attention lets each token see, by `plan_attention`."""
     (batch,) = TreeCollator(micro_batch_tokens=16)(PAIRS)
-    sees = (tree_mask(batch["branch_ids"], batch["tree_ids"], torch.float32)[0, 0] == 0).tolist()
-    tokens, branches = batch["input_ids"][0].tolist(), batch["branch_ids"][0].tolist()
+    plan = plan_attention(batch.segments, torch.device("cpu"), torch.float32, attend_by_segment)
+    tokens, branches = batch.tensors["input_ids"][0].tolist(), branches_of(batch)
+    keys = [set(index.tolist()) for index in plan.key_index.split(plan.n_keys)]  # of each segment
+    sees = [[k <= q and k in keys[branches[q]] for k in range(len(tokens))] for q in range(len(tokens))]
     side, left, top = 38, 92, 70
-    d = Drawing(700, 432, "The attention mask of the example, from tree_mask")
+    d = Drawing(700, 432, "Which token of the example sees which")
     d.text(left + 4.5 * side, 26, "key →", 14, SOFT)
     d.text(16, top - 12, "query ↓", 14, SOFT, "start")
     for q, row in enumerate(sees):
@@ -208,8 +215,8 @@ def draw_mask() -> None:
         at += width
     for i, color in enumerate((*BRANCHES, EMPTY)):
         d.box(x + i * 22 + 50 * (color == EMPTY), 372, 20, 20, color, LINE, radius=4)
-    d.text(x + 94, 388, "0", 14, SOFT, "start")
-    d.text(x + 166, 388, "dtype min", 14, SOFT, "start")
+    d.text(x + 94, 388, "seen", 14, SOFT, "start")
+    d.text(x + 166, 388, "not seen", 14, SOFT, "start")
     d.save("tree_mask.svg")
 
 
