@@ -396,13 +396,13 @@ LFS = "version https://git-lfs.github.com/spec/v1\n"
     ("a.jsonl", '{"question": "a", "answer": "b"}\n',
      r"1 of 1 rows can't be used: 1 x chosen: missing \(first: row 0\). What is read: prompt \(or conversations"),
     ("a.jsonl", f"{json.dumps(coig())}\n[]\n{{\n", "2 of 3 rows .*: 1 x row is not an object .*; 1 x not valid"),
-    ("a.jsonl", "", "no rows"),
+    ("a.jsonl", "", "no data"),
     ("a.jsonl", "[1, 2", "is not valid JSON"),
     ("a.jsonl", LFS, "git lfs pull"),
     ("folder/data/train.parquet", LFS, "git lfs pull"),
     ("a.parquet", "PAR1", "Parquet file size|Parquet magic bytes"),
     ("folder/a.csv", "a,b\n", "no .parquet, .json or .jsonl file of split train is in it; not read: a.csv"),
-    ("a.csv", "a,b\n", "a file must end in"),
+    ("a.csv", "a,b\n", "a single file must end in"),
     ("missing.jsonl", None, "no such file"),
 ])  # fmt: skip
 def test_unusable_sets_are_refused(tmp_path, monkeypatch, tokenizer, name, content, message):
@@ -432,7 +432,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path, tokenizer):
     assert len(load_rows(str(folder), "test")) == len(rows[3])
     with pytest.raises(UserError, match="no .*file of split dev is in it; not read: a.csv, b.parquet"):
         load_rows(str(folder), "dev")
-    with pytest.raises(UserError, match="is a single file, which has no splits"):
+    with pytest.raises(UserError, match="a single file .* has no split but train"):
         load_rows(str(folder / "train.jsonl"), "test")
 
 
@@ -440,6 +440,3 @@ def test_long_and_strange_texts(tokenizer):
     texts = ["好" * 100_000, "a" * 100_000, "\x00", "好\u202e\ufeff", "👩‍👩‍👧", "\r\n\t", "<|im_start|>" * 50]
     rows = Encoder(tokenizer, 128).encode([Triple(USER, text + "好", text + "坏的") for text in texts])
     assert [row["cause"] != "" for row in rows] == [True, True, False, False, False, False, True]
-
-
-# --- the order of the steps
