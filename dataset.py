@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import datasets
@@ -76,9 +77,9 @@ def load_rows(name: str, split: str = "train") -> Dataset:
 
 
 def choose_files(path: Path, split: str) -> tuple[list[Path], str]:
-    """The files to read at a local path, and words that say which they are and which were left out.
+    """The files to read, and words that say which they are and which were left out.
 
-    Of a folder these are all files of the three kinds whose names do not say another split.
+    Of a folder, all files of the three kinds are read whose names do not say another split.
     """
     if not path.exists():
         raise UserError(f"--dataset_name {path}: there is no such file or folder")
@@ -93,10 +94,10 @@ def choose_files(path: Path, split: str) -> tuple[list[Path], str]:
             chosen.append(name)
         elif file.is_file() and file.suffix != ".md":
             left_out.append(name)
-    without = f"; not read: {listed(left_out)}" if left_out else ""
+    without = f"; not read: {shorten(', '.join(left_out), 200)}" if left_out else ""
     if not chosen:
         raise UserError(f"--dataset_name {path}: no .parquet, .json or .jsonl file of split {split} is in it{without}")
-    return [path / name for name in chosen], listed(chosen) + without
+    return [path / name for name in chosen], shorten(", ".join(chosen), 200) + without
 
 
 def split_of(name: str) -> str:
@@ -113,29 +114,23 @@ def split_of(name: str) -> str:
     return "train"
 
 
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def read_files(files: list[Path]) -> Dataset:
-    """The rows of json and jsonl, then those of each parquet file.
+    """The rows of json and jsonl, then those of parquet.
 
-    Rows of json are kept in one binary column, unparsed: Arrow would refuse a whole file for one row whose types
-    differ, and a single bad row must never cost a run.
+    Rows of json are one binary column, not parsed yet: Arrow would refuse a whole file for one row of other types.
     """
     for file in files:
         with file.open("rb") as opened:
             if opened.read(19) == b"version https://git":
                 raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its clone")
-    tables = []
-    if json_files := [file for file in files if file.suffix != ".parquet"]:
-        # Size and time of change are among the arguments because datasets finds the rows of last time by these.
-        versions = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in json_files]
+    json_files = [file for file in files if file.suffix != ".parquet"]
+    parquet_files = [glob.escape(str(file)) for file in files if file.suffix == ".parquet"]
+    tables = [datasets.load_dataset("parquet", data_files=[file], split="train") for file in parquet_files]
+    if json_files:
+        # Size and time of change, too, because datasets keeps the rows under the arguments.
+        versions = tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in json_files)
         features = datasets.Features({JSON: datasets.Value("large_binary")})
-        tables.append(Dataset.from_generator(json_rows, features=features, gen_kwargs={"versions": tuple(versions)}))
-    for file in files:
-        if file.suffix == ".parquet":
-            tables.append(datasets.load_dataset("parquet", data_files=[glob.escape(str(file))], split="train"))
+        tables.insert(0, Dataset.from_generator(json_rows, features=features, gen_kwargs={"versions": versions}))
     return datasets.concatenate_datasets(tables)
 
 
@@ -153,17 +148,9 @@ def json_rows(versions: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, by
                 yield {JSON: line.encode("utf-8", "surrogateescape")}
 
 
-def parse(row: dict) -> Any:
-    try:
-        return json.loads(row[JSON].decode("utf-8", "surrogateescape")) if row.get(JSON) is not None else row
-    except (ValueError, RecursionError):
-        raise Unusable("not valid JSON") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows to triples
 
-COLUMNS = {"prompt", "conversations", "system", "chosen", "rejected", "domain"}
 NOT_SUPPORTED = ("tools", "tool_calls", "images", "image", "videos", "audios", "history", "chat_template_kwargs",
                  "reasoning_content", "thinking")  # fmt: skip
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -182,15 +169,6 @@ class Triple:
     rejected: str
     domain: str = ""
 
-    @property
-    def is_plain_text(self) -> bool:
-        return isinstance(self.prompt, str)
-
-    def texts(self) -> list[str]:
-        """All that somebody wrote: the prompt's turns, then the two responses."""
-        prompt = [self.prompt] if self.is_plain_text else [turn["content"] for turn in self.prompt]
-        return [*prompt, self.chosen, self.rejected]
-
 
 def read_triple(row: Any) -> Triple:
     """Map a row by its columns to prompt, chosen and rejected. All turns are kept, a system turn too.
@@ -198,6 +176,11 @@ def read_triple(row: Any) -> Triple:
     The prompt is `prompt` or `conversations`, as text or as messages, and the turns with which both `chosen` and
     `rejected` begin. Nothing is guessed: raises Unusable, with the cause, for a row that says anything else.
     """
+    if isinstance(row, dict) and row.get(JSON) is not None:
+        try:
+            row = json.loads(row[JSON].decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            raise Unusable("not valid JSON") from None
     if not isinstance(row, dict):
         raise Unusable("row is not an object")
     refuse_unsupported(row)
@@ -270,8 +253,6 @@ def read_messages(value: Any, name: str) -> list[Message]:
         refuse_unsupported(turn)
         role = turn.get("from") or turn.get("role")
         content = turn.get("content") if turn.get("value") is None else turn["value"]
-        if role is None or content is None:
-            raise Unusable(f"{name}: a turn without role or text")
         if str(role).lower() not in ROLES:
             raise Unusable(f"{name}: unknown role {read_text(str(role), name)[:40]}")
         if isinstance(content, list):
@@ -344,18 +325,18 @@ class Encoder:
         rendered = [attempt(self._render, triple) for triple in triples]
         texts = list({text for row, _ in rendered if row for text in row})
         ids = dict(zip(texts, self._tokenize(texts), strict=True))  # all in one call, which is fast
-        nothing = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
         encoded = []
         for triple, (row, cause) in zip(triples, rendered, strict=True):
-            pair = nothing
+            pair = None
             if row:
-                pair, cause = attempt(self._cut, triple.is_plain_text, *(ids[text] for text in row))
-            encoded.append((pair or nothing) | {"cause": cause})
+                pair, cause = attempt(self._cut, isinstance(triple.prompt, str), *(ids[text] for text in row))
+            pair = pair or {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
+            encoded.append(pair | {"cause": cause})
         return encoded
 
     def encode_rows(self, table: pa.Table) -> pa.Table:
         """Columns of rows that `read_triple` can read."""
-        encoded = self.encode([read_triple(parse(row)) for row in table.to_pylist()])
+        encoded = self.encode([read_triple(row) for row in table.to_pylist()])
         for row in encoded:
             row |= {name: np.asarray(row[name], dtype=np.int32) for name in IDS}
             row["digest"] = hash64(b"|".join(row[name].tobytes() for name in IDS))
@@ -364,41 +345,38 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def _render(self, triple: Triple) -> tuple[str, str, str]:
-        """The texts of the prompt and of the two responses, as they are tokenized."""
-        *given, chosen, rejected = triple.texts()
+    def _render(self, triple: Triple) -> list[str]:
+        """The prompt and the two responses as they are tokenized, by the chat template unless they are plain text."""
         # Encoding adds the model's own end-of-turn or eos; where a response brings one along, it is taken off.
-        responses = [self.end_of_text.sub("", chosen), self.end_of_text.sub("", rejected)]
+        responses = [self.end_of_text.sub("", text) for text in (triple.chosen, triple.rejected)]
+        is_plain_text = isinstance(triple.prompt, str)
+        given = [triple.prompt] if is_plain_text else [turn["content"] for turn in triple.prompt]
         if any(special in text for text in (*given, *responses) for special in self.specials):
             raise Unusable("contains a special token (text to which a template was applied already?)")
         if not all(response.strip() for response in responses):
             raise Unusable("response: empty")
         if responses[0] == responses[1]:
             raise Unusable("chosen equals rejected")
-        prompt = triple.prompt
-        if not triple.is_plain_text:
-            prompt, *responses = self._apply_template(triple.prompt, responses)
-            if responses[0] == responses[1]:
-                raise Unusable("the chat template makes chosen and rejected equal")
-        return prompt, self.front + responses[0], self.front + responses[1]
+        if is_plain_text:
+            return [triple.prompt, *(self.front + response for response in responses)]
 
-    def _apply_template(self, prompt: list[Message], responses: list[str]) -> list[str]:
-        """The prompt as it is before an answer, and what follows it for each response."""
         if not self.tokenizer.chat_template:
             raise Unusable("the tokenizer has no chat template, which messages need")
-        start = apply_template(self.tokenizer, prompt, add_generation_prompt=True)
+        start = apply_template(self.tokenizer, triple.prompt, add_generation_prompt=True)
         # White space around a text is the template's to trim. An earlier answer may lose its thoughts, as it does when
         # the model is used.
-        if any(turn["content"].strip() not in start for turn in prompt if turn["role"] != "assistant"):
+        if any(turn["content"].strip() not in start for turn in triple.prompt if turn["role"] != "assistant"):
             raise Unusable("the chat template removes part of the prompt")
         rendered = [start]
         for response in responses:
-            whole = apply_template(self.tokenizer, [*prompt, {"role": "assistant", "content": response}])
+            whole = apply_template(self.tokenizer, [*triple.prompt, {"role": "assistant", "content": response}])
             if not whole.startswith(start):
                 raise Unusable("the chat template changes the prompt once it is answered")
             if response.strip() not in whole[len(start) :]:
                 raise Unusable("the chat template removes part of the response")
-            rendered.append(whole[len(start) :])
+            rendered.append(self.front + whole[len(start) :])
+        if rendered[1] == rendered[2]:
+            raise Unusable("the chat template makes chosen and rejected equal")
         return rendered
 
     def _cut(self, is_plain_text: bool, prompt_ids: list[int], *responses: list[int]) -> dict:
@@ -463,13 +441,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Non
     White space may change its kind, and a rare character may be missing: a quarter of the texts may differ.
     """
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    pairs = zip(texts, tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False), strict=True)
-    changed = [pair for pair in pairs if len({tuple(unicodedata.normalize("NFKC", text).split()) for text in pair}) > 1]
+    changed = []
+    for text, back in zip(texts, tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False), strict=True):
+        if unicodedata.normalize("NFKC", text).split() != unicodedata.normalize("NFKC", back).split():
+            changed.append(f"{text[:60]!r} becomes {back[:60]!r}")
     if len(changed) > len(texts) / 4:
-        text, back = min(changed, key=lambda pair: len(pair[0]))
         raise UserError(
-            f"the tokenizer ({type(tokenizer).__name__}) doesn't give texts back: {text[:60]!r} becomes {back[:60]!r}: "
-            "is it the model's own and complete, and does this version of transformers load it as it should?"
+            f"the tokenizer ({type(tokenizer).__name__}) doesn't give texts back: {changed[0]}: is it the model's own "
+            "and complete, and does this version of transformers load it as it should?"
         )
 
 
@@ -515,7 +494,6 @@ class PreparedData:
     n_truncated: int
     n_plain_text: int  # pairs to which no chat template is applied
     end_ids: list[int]  # the tokens that end the responses: one, or two where only some pairs are plain text
-    columns_not_read: list[str]
 
     def counts(self) -> dict:
         """Of rows: those to train on, held out, left out and dropped add up to `rows`."""
@@ -536,8 +514,6 @@ class PreparedData:
             text += f"; left out {count:,} rows: {reason}"
         for cause, (count, first) in self.dropped.items():
             text += f"; dropped {count:,} rows: {cause} (first: row {first})"
-        if self.columns_not_read:
-            text += f"; columns not read: {listed(self.columns_not_read)}"
         return text + (f"; read: {self.source}" if self.source else "")
 
 
@@ -558,10 +534,7 @@ def prepare(
     with two pairs of each, so that a few hundred pairs are many prompts; their other pairs are used nowhere.
 
     If `held_out_rows` are given, they are held out instead, and rows with a prompt of theirs are not trained on. They
-    are numbered after `rows`.
-
-    Raises UserError for unknown domains, if most rows can't train, if no row is left to train on (unless
-    `max_train_samples` is 0), or if the tokenizer doesn't give texts back.
+    are numbered after `rows`. Raises UserError for what the user should know before a run.
     """
     source, first_given = rows.info.description, None
     if held_out_rows is not None:
@@ -575,9 +548,8 @@ def prepare(
     # on, then HELD_OUT, one of LEFT_OUT, or the cause why it can't train.
     scanned = map_rows(rows, scan_rows, "Reading rows")
     keys, row_domains, is_plain_text, fates = (column.to_numpy().copy() for column in scanned[:].columns)
-    refuse_if_most_are_dropped(fates, np.arange(len(rows)))
-    first_rows = [parse(rows[int(number)]) for number in np.flatnonzero(fates == "")[:20]]
-    check_tokenizer(tokenizer, [text for row in first_rows for text in read_triple(row).texts()])
+    count_dropped(fates, np.arange(len(rows)))
+    check_tokenizer(tokenizer, [read_triple(rows[int(i)]).chosen for i in np.flatnonzero(fates == "")[:20]])
     if domains is not None:
         there = set(row_domains[fates == ""])
         if unknown := set(domains) - there:
@@ -595,7 +567,7 @@ def prepare(
     tokens = map_rows(rows.select(used), encoder.encode_rows, "Tokenizing")
     truncated, causes, digests = (tokens[:][name].to_numpy() for name in ("truncated", "cause", "digest"))
     fates[used] = np.where(causes == "", fates[used], causes)
-    refuse_if_most_are_dropped(fates, train if len(train) else held_out)
+    dropped = count_dropped(fates, train if len(train) else held_out)
 
     def pairs_of(fate: str) -> Pairs:
         places = np.flatnonzero(fates[used] == fate)
@@ -610,11 +582,10 @@ def prepare(
         source=source,
         n_rows=len(rows),
         left_out={reason: n for reason in LEFT_OUT if (n := int(np.count_nonzero(fates == reason)))},
-        dropped=count_dropped(fates),
+        dropped=dropped,
         n_truncated=int(truncated.sum()),
         n_plain_text=int(is_plain_text.sum()),
         end_ids=sorted({encoder.plain_end_id if plain else encoder.end_of_turn_id for plain in is_plain_text}),
-        columns_not_read=sorted({name for row in first_rows for name in row if has_content(row[name])} - COLUMNS),
     )
 
 
@@ -622,10 +593,12 @@ def scan_rows(table: pa.Table) -> pa.Table:
     """Of each row: a hash of its prompt, its domain, whether it is plain text, and why it can't be used, if so."""
     scanned = []
     for row in table.to_pylist():
-        triple, cause = attempt(lambda row: read_triple(parse(row)), row)
+        triple, cause = attempt(read_triple, row)
         triple = triple or Triple([], "", "")
         key = hash64(json.dumps(triple.prompt).encode())
-        scanned.append({"key": key, "domain": triple.domain, "is_plain_text": triple.is_plain_text, "cause": cause})
+        scanned.append(
+            {"key": key, "domain": triple.domain, "is_plain_text": isinstance(triple.prompt, str), "cause": cause}
+        )
     return pa.Table.from_pylist(scanned)
 
 
@@ -654,29 +627,25 @@ def split_by_prompt(
     return train[:max_train_samples], held_out
 
 
-def count_dropped(fates: np.ndarray) -> dict[str, tuple[int, int]]:
-    """cause -> (rows, the first one's number), the most frequent first."""
-    counts = {fate: n for fate, n in Counter(fates.tolist()).most_common() if fate not in ("", HELD_OUT, *LEFT_OUT)}
-    return {cause: (n, int(np.argmax(fates == cause))) for cause, n in counts.items()}
+def count_dropped(fates: np.ndarray, rows: np.ndarray) -> dict[str, tuple[int, int]]:
+    """cause -> (rows, the first one's number), the most frequent first.
 
-
-def refuse_if_most_are_dropped(fates: np.ndarray, rows: np.ndarray) -> None:
-    """Raises UserError if more than half of `rows` can't train: then it is the whole set that is misunderstood."""
-    n_dropped = np.count_nonzero(~np.isin(fates[rows], ["", HELD_OUT]))
+    Raises UserError if more than half of `rows` can't train: then it is the whole set that is misunderstood.
+    """
+    not_dropped = ("", HELD_OUT, *LEFT_OUT)
+    counts = [(fate, n) for fate, n in Counter(fates.tolist()).most_common() if fate not in not_dropped]
+    dropped = {cause: (n, int(np.argmax(fates == cause))) for cause, n in counts}
+    n_dropped = np.count_nonzero(~np.isin(fates[rows], not_dropped))
     if 2 * n_dropped > len(rows):
-        causes = (f"{count:,} x {cause} (first: row {first})" for cause, (count, first) in count_dropped(fates).items())
+        causes = "; ".join(f"{n:,} x {cause} (first: row {first})" for cause, (n, first) in dropped.items())
         what_is_read = "prompt (or conversations, or the first turns of both sides) + chosen + rejected"
-        raise UserError(
-            f"{n_dropped:,} of {len(rows):,} rows can't be used: {'; '.join(causes)}. What is read: {what_is_read}"
-        )
+        raise UserError(f"{n_dropped:,} of {len(rows):,} rows can't be used: {causes}. What is read: {what_is_read}")
+    return dropped
 
 
 def map_rows(table: Dataset, function: Callable, title: str) -> Dataset:
-    """All rows through `function`, on all cores.
-
-    datasets keeps the result. Its key is made of the rows, of the function with all that it holds, a tokenizer for
-    instance, and of this file's text.
-    """
+    """All rows through `function`, on all cores. datasets keeps the result, under a key made of the rows, of this
+    file's text, and of the function with all that it holds, a tokenizer for instance."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
     code = Path(__file__).read_text(encoding="utf-8")
     return table.with_format("arrow").map(
@@ -750,7 +719,7 @@ class MicroBatch:
         return MicroBatch(self.tensors | {name: self.tensors[name][:0] for name in names}, self.segments)
 
 
-Tree = list[tuple]  # of pairs of one prompt: their numbers, and the tokens of prompt, chosen and rejected as bytes
+Tree = list[dict]  # pairs of one prompt: `index`, `prompt` and `responses`, their tokens as bytes (int64)
 
 
 @dataclass
@@ -777,21 +746,8 @@ class TreeCollator:
     >>> batch.segments
     [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
-    T tokens, N response tokens, M distinct responses, P pairs:
-
-    | tensor | shape | meaning |
-    |---|---|---|
-    | input_ids | [1, T] | a prompt and its responses, then the next tree; nothing is padded |
-    | position_ids | [1, T] | restart after the prompt for each response |
-    | predictor_index | [N] | position of the hidden state that predicts each response token |
-    | target_ids | [N] | the response tokens |
-    | response_index | [N] | which of the M responses each token belongs to |
-    | response_lengths | [M] | tokens of each response |
-    | chosen_index, rejected_index | [P] | each pair's two responses |
-    | pair_index | [P] | the pairs' numbers in their `Pairs` |
-
-    `segments` has, for each prompt and each response, its (start, end) in the row and those of its prompt, a prompt's
-    own being (start, start).
+    T tokens, N response tokens, M distinct responses, P pairs. `segments` has, for each prompt and each response, its
+    (start, end) in the row and those of its prompt, a prompt's own being (start, start).
     """
 
     micro_batch_tokens: int
@@ -808,31 +764,32 @@ class TreeCollator:
 
     def _n_tokens(self, tree: Tree) -> int:
         """Of the prompt and the distinct responses; where nothing is shared, the prompt counts for each response."""
-        responses = {ids for _, _, *sides in tree for ids in sides}
+        responses = {ids for pair in tree for ids in pair["responses"]}
         n_prompts = 1 if self.share else len(responses)
-        return (n_prompts * len(tree[0][1]) + sum(map(len, responses))) // 8
+        return (n_prompts * len(tree[0]["prompt"]) + sum(map(len, responses))) // 8
 
     def _trees(self, pairs: Sequence[dict]) -> list[Tree]:
         """One tree for each prompt; where it doesn't fit into a micro-batch several, each with the prompt once more."""
         by_prompt: dict[bytes | int, Tree] = {}
         for pair in pairs:
-            ids = (pair["index"], *(np.asarray(pair[name], dtype=np.int64).tobytes() for name in IDS))
-            if self._n_tokens([ids]) > self.micro_batch_tokens:
-                text = f"is too small for a pair of {self._n_tokens([ids])} tokens"
-                raise UserError(f"--micro_batch_tokens {self.micro_batch_tokens} {text}")
-            by_prompt.setdefault(ids[1] if self.share else ids[0], []).append(ids)
+            prompt, *responses = (np.asarray(pair[name], dtype=np.int64).tobytes() for name in IDS)
+            taken = {"index": pair["index"], "prompt": prompt, "responses": responses}
+            if (n_tokens := self._n_tokens([taken])) > self.micro_batch_tokens:
+                text = f"--micro_batch_tokens {self.micro_batch_tokens} is too small for a pair of {n_tokens} tokens"
+                raise UserError(text)
+            by_prompt.setdefault(prompt if self.share else pair["index"], []).append(taken)
         trees = []
         for left in by_prompt.values():
             tree, there = [], set()
             while left:
                 # The pair that adds the fewest tokens: where a tree must be cut, its parts have little in common.
-                best = min(left, key=lambda pair: sum(len(ids) for ids in pair[2:] if ids not in there))
+                best = min(left, key=lambda pair: sum(len(ids) for ids in pair["responses"] if ids not in there))
                 if tree and self._n_tokens([*tree, best]) > self.micro_batch_tokens:
                     trees.append(tree)
                     tree, there = [], set()
                 else:
                     tree.append(best)
-                    there.update(best[2:])
+                    there.update(best["responses"])
                     left.remove(best)
             trees.append(tree)
         return trees
@@ -856,29 +813,34 @@ class TreeCollator:
         tokens, segments, pairs = [], [], []
         at, n_responses = 0, 0  # in the row so far
         for tree in trees:
-            responses = list(dict.fromkeys(ids for _, _, *sides in tree for ids in sides))
+            responses = list(dict.fromkeys(ids for pair in tree for ids in pair["responses"]))
             number = {ids: n_responses + i for i, ids in enumerate(responses)}
             n_responses += len(responses)
-            pairs += [(index, number[chosen], number[rejected]) for index, _, chosen, rejected in tree]
+            pairs += [(pair["index"], *(number[ids] for ids in pair["responses"])) for pair in tree]
+            prompt, *responses = (np.frombuffer(ids, dtype=np.int64) for ids in (tree[0]["prompt"], *responses))
             for branches in [responses] if self.share else [[ids] for ids in responses]:
-                start, end = at, at + len(tree[0][1]) // 8
-                for ids in (tree[0][1], *branches):
-                    tokens.append(np.frombuffer(ids, dtype=np.int64))
-                    segments.append((at, at + len(tokens[-1]), start, start if at == start else end))
-                    at += len(tokens[-1])
+                start, end = at, at + len(prompt)
+                tokens += [prompt, *branches]
+                segments.append((start, end, start, start))
+                for ids in branches:
+                    at = segments[-1][1]
+                    segments.append((at, at + len(ids), start, end))
+                at = segments[-1][1]
         of_responses = [(ids, *places) for ids, places in zip(tokens, segments, strict=True) if places[2] < places[3]]
         lengths = np.array([len(ids) for ids, *_ in of_responses])
         pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
         arrays = {
+            # [1, T]: a prompt and its responses, then the next tree; nothing is padded
             "input_ids": np.concatenate(tokens)[None],
+            # [1, T]: restart after the prompt for each response
             "position_ids": np.concatenate([np.arange(b - a) + d - c for a, b, c, d in segments])[None],
-            # The prompt's last token predicts a response's first one.
+            # [N]: the place of the hidden state that predicts each response token; the first is the prompt's last
             "predictor_index": np.concatenate([np.r_[d - 1, a : b - 1] for _, a, b, _, d in of_responses]),
-            "target_ids": np.concatenate([ids for ids, *_ in of_responses]),
-            "response_index": np.repeat(np.arange(len(lengths)), lengths),
-            "response_lengths": lengths,
-            "chosen_index": chosen_index,
-            "rejected_index": rejected_index,
-            "pair_index": pair_index,
+            "target_ids": np.concatenate([ids for ids, *_ in of_responses]),  # [N]: the response tokens
+            "response_index": np.repeat(np.arange(len(lengths)), lengths),  # [N]: the response that each belongs to
+            "response_lengths": lengths,  # [M]
+            "chosen_index": chosen_index,  # [P]: each pair's responses
+            "rejected_index": rejected_index,  # [P]
+            "pair_index": pair_index,  # [P]: the pairs' numbers in their `Pairs`
         }
         return MicroBatch({name: torch.from_numpy(array) for name, array in arrays.items()}, segments)
