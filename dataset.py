@@ -311,7 +311,7 @@ class Encoder:
         self.bos_ids = [tokenizer.bos_token_id] if begins_with_bos else []
         # Tokenizers of Llama 2's kind write a space in front of every text, but none after a line break. For these, a
         # line break is put in front of each response, and its tokens are taken off again.
-        joined, line_break_ids, text_ids = self._tokenize(["\n天", "\n", "天"])
+        joined, line_break_ids, text_ids = tokenizer(["\n天", "\n", "天"], add_special_tokens=False)["input_ids"]
         writes_space = joined != line_break_ids + text_ids
         self.front, self.front_ids = ("\n", line_break_ids) if writes_space else ("", [])
 
@@ -324,7 +324,8 @@ class Encoder:
         """
         rendered = [attempt(self._render, triple) for triple in triples]
         texts = list({text for row, _ in rendered if row for text in row})
-        ids = dict(zip(texts, self._tokenize(texts), strict=True))  # all in one call, which is fast
+        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # in one call: it is fast
+        ids = dict(zip(texts, found, strict=True))
         encoded = []
         for triple, (row, cause) in zip(triples, rendered, strict=True):
             pair = None
@@ -341,9 +342,6 @@ class Encoder:
             row |= {name: np.asarray(row[name], dtype=np.int32) for name in IDS}
             row["digest"] = hash64(b"|".join(row[name].tobytes() for name in IDS))
         return pa.Table.from_pylist(encoded)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def _render(self, triple: Triple) -> list[str]:
         """The prompt and the two responses as they are tokenized, by the chat template unless they are plain text."""
@@ -746,8 +744,9 @@ class TreeCollator:
     >>> batch.segments
     [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
-    T tokens, N response tokens, M distinct responses, P pairs. `segments` has, for each prompt and each response, its
-    (start, end) in the row and those of its prompt, a prompt's own being (start, start).
+    `segments` has, for each prompt and each response, its (start, end) in the row and those of its prompt, a prompt's
+    own being (start, start). The tensors are explained at the end, where they are made, by their shapes: T tokens,
+    N response tokens, M distinct responses, P pairs.
     """
 
     micro_batch_tokens: int
@@ -758,9 +757,22 @@ class TreeCollator:
 
         Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
-        groups = self._fill_groups(self._trees(pairs), n_processes)
+        # Trees into the fewest groups that hold them, evenly filled: the longest first, each into the emptiest group.
+        trees = sorted(self._trees(pairs), key=self._n_tokens, reverse=True)
+        n_tokens = sum(map(self._n_tokens, trees))
+        n_groups = (n_tokens - 1) // (self.micro_batch_tokens * n_processes) * n_processes
+        while True:
+            n_groups += n_processes
+            groups, totals = [[] for _ in range(n_groups)], [0] * n_groups
+            for tree in trees:
+                emptiest = totals.index(min(totals))
+                groups[emptiest].append(tree)
+                totals[emptiest] += self._n_tokens(tree)
+            if max(totals) <= self.micro_batch_tokens:
+                break
+        groups = [groups[i] for i in np.argsort(-np.array(totals), kind="stable")]
         batches = [self._micro_batch(trees) for trees in groups if trees]
-        return batches + [batches[-1].filler()] * (len(groups) - len(batches))
+        return batches + [batches[-1].filler()] * (n_groups - len(batches))
 
     def _n_tokens(self, tree: Tree) -> int:
         """Of the prompt and the distinct responses; where nothing is shared, the prompt counts for each response."""
@@ -794,53 +806,39 @@ class TreeCollator:
             trees.append(tree)
         return trees
 
-    def _fill_groups(self, trees: list[Tree], n_processes: int) -> list[list[Tree]]:
-        """Trees into the fewest groups, one a micro-batch, that hold them, evenly filled: the longest tree first, each
-        into the group with the fewest tokens so far."""
-        sized = sorted(((self._n_tokens(tree), tree) for tree in trees), key=lambda one: -one[0])
-        n_groups = -(-sum(n for n, _ in sized) // (self.micro_batch_tokens * n_processes)) * n_processes
-        while True:
-            groups, totals = [[] for _ in range(n_groups)], [0] * n_groups
-            for n_tokens, tree in sized:
-                least = totals.index(min(totals))
-                groups[least].append(tree)
-                totals[least] += n_tokens
-            if max(totals) <= self.micro_batch_tokens:
-                return [groups[i] for i in sorted(range(n_groups), key=lambda i: -totals[i])]
-            n_groups += n_processes
-
     def _micro_batch(self, trees: list[Tree]) -> MicroBatch:
-        tokens, segments, pairs = [], [], []
-        at, n_responses = 0, 0  # in the row so far
+        tokens, positions, predictors, targets, pairs, segments = [], [], [], [], [], []
+        at = 0  # tokens in the row so far
         for tree in trees:
             responses = list(dict.fromkeys(ids for pair in tree for ids in pair["responses"]))
-            number = {ids: n_responses + i for i, ids in enumerate(responses)}
-            n_responses += len(responses)
+            number = {ids: len(targets) + i for i, ids in enumerate(responses)}  # in the micro-batch
             pairs += [(pair["index"], *(number[ids] for ids in pair["responses"])) for pair in tree]
             prompt, *responses = (np.frombuffer(ids, dtype=np.int64) for ids in (tree[0]["prompt"], *responses))
             for branches in [responses] if self.share else [[ids] for ids in responses]:
                 start, end = at, at + len(prompt)
-                tokens += [prompt, *branches]
+                tokens.append(prompt)
+                positions.append(np.arange(len(prompt)))
                 segments.append((start, end, start, start))
+                at = end
                 for ids in branches:
-                    at = segments[-1][1]
+                    tokens.append(ids)
+                    positions.append(np.arange(len(ids)) + len(prompt))
                     segments.append((at, at + len(ids), start, end))
-                at = segments[-1][1]
-        of_responses = [(ids, *places) for ids, places in zip(tokens, segments, strict=True) if places[2] < places[3]]
-        lengths = np.array([len(ids) for ids, *_ in of_responses])
+                    # The prompt's last token predicts a response's first one.
+                    predictors.append(np.r_[end - 1, at : at + len(ids) - 1])
+                    targets.append(ids)
+                    at += len(ids)
         pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
+        lengths = np.array([len(ids) for ids in targets])
         arrays = {
-            # [1, T]: a prompt and its responses, then the next tree; nothing is padded
-            "input_ids": np.concatenate(tokens)[None],
-            # [1, T]: restart after the prompt for each response
-            "position_ids": np.concatenate([np.arange(b - a) + d - c for a, b, c, d in segments])[None],
-            # [N]: the place of the hidden state that predicts each response token; the first is the prompt's last
-            "predictor_index": np.concatenate([np.r_[d - 1, a : b - 1] for _, a, b, _, d in of_responses]),
-            "target_ids": np.concatenate([ids for ids, *_ in of_responses]),  # [N]: the response tokens
+            "input_ids": np.concatenate(tokens)[None],  # [1, T]: a prompt, its responses, the next tree; no padding
+            "position_ids": np.concatenate(positions)[None],  # [1, T]: restart after the prompt for each response
+            "predictor_index": np.concatenate(predictors),  # [N]: where the state is that predicts a response token
+            "target_ids": np.concatenate(targets),  # [N]: the response tokens
             "response_index": np.repeat(np.arange(len(lengths)), lengths),  # [N]: the response that each belongs to
-            "response_lengths": lengths,  # [M]
-            "chosen_index": chosen_index,  # [P]: each pair's responses
+            "response_lengths": lengths,  # [M]: in tokens
+            "chosen_index": chosen_index,  # [P]: the responses of each pair
             "rejected_index": rejected_index,  # [P]
-            "pair_index": pair_index,  # [P]: the pairs' numbers in their `Pairs`
+            "pair_index": pair_index,  # [P]: the numbers of the pairs in their `Pairs`
         }
         return MicroBatch({name: torch.from_numpy(array) for name, array in arrays.items()}, segments)
