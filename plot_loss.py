@@ -238,6 +238,9 @@ def judge_answers(before, after):
         worse.append("they repeat themselves")
     if old["stopped"] > 0 and new["stopped"] <= 0.8 * old["stopped"] + 1e-9:
         worse.append("fewer come to an end")
+    old_starts, new_starts = (len({answer["answer"][:8] for answer in side["answers"]}) for side in (before, after))
+    if new_starts <= old_starts / 2:  # refusals, for instance, which no other figure shows
+        worse.append(f"they begin in {new_starts} ways, no longer in {old_starts}")
     if worse:
         but = "Although the loss is better, the" if after["loss"] < before["loss"] else "The"
         yield f"**{but} answers got worse: {' and '.join(worse)}.** Try a lower `--learning_rate` or fewer steps."

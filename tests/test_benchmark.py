@@ -16,7 +16,7 @@ import loss
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_benchmark_compares_the_same_training(monkeypatch, capsys):
+def test_benchmark_compares_the_same_training(slow, monkeypatch, capsys):
     """Exit 0 means that the losses agree; sharing must encode fewer tokens for the same pairs."""
     words = ["--pairs", "8", "--steps", "2", "--max_length", "64", "--fp32", "--only", "ours|ours, sharing off"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
@@ -120,7 +120,7 @@ def test_gradients_of_the_head_in_bf16_have_no_bias(n_tokens, n_words, hidden_si
             assert abs(along) < 3e-4 and abs(mean) < 3e-4 and relative < 5e-3
 
 
-def test_study_of_the_order():
+def test_study_of_the_order(slow):
     """Grouped steps must share more: fewer tokens a pair."""
     words = ["--seeds", "1", "--rates", "2e-4", "--flips", "0.25", "--max_steps", "2", "--max_eval_samples", "20"]
     command = [sys.executable, "tests/study_order.py", *words]
