@@ -538,7 +538,10 @@ def prepare(
     if held_out_rows is not None:
         first_given = len(rows)
         source += f"; held out: {held_out_rows.info.description}"
-        rows = datasets.concatenate_datasets([rows, held_out_rows])
+        try:
+            rows = datasets.concatenate_datasets([rows, held_out_rows])
+        except Exception as error:  # columns of the same name and of other types
+            raise UserError(f"--eval_dataset_name: its columns differ from the data's ({first_line(error)})") from None
     if not len(rows):
         raise UserError("the data set has no rows")
 

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -165,8 +166,8 @@ PATHS = (
     "model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
     "resume_from_checkpoint",
 )  # fmt: skip
-# Of a resumed run, all flags must be as before but for these. What they select among models and data is compared by
-# content: hashes of the weights and of the tokens.
+# Of a resumed run, all flags must be as before but for these. Those that select models and data are compared by what
+# they select instead: by hashes of the weights and of the tokens.
 MAY_CHANGE_ON_RESUME = {
     *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples", "micro_batch_tokens",
     "gradient_checkpointing", "precompute_ref_log_probs", "logging_steps", "eval_steps", "save_steps",
@@ -222,6 +223,7 @@ def refuse_what_does_not_fit_together(flags: Flags) -> None:
          f"must be at least {least}, twice --max_length: a pair's two responses stay together"),
         ("eval_only", flags.eval_only and not (flags.ref_model_name_or_path and flags.max_eval_samples),
          "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0"),
+        ("resume_from_checkpoint", flags.resume_from_checkpoint and flags.eval_only, "--eval_only trains nothing"),
         ("precompute_ref_log_probs", flags.precompute_ref_log_probs and flags.eval_only, "--eval_only needs no table"),
         ("resume_from_checkpoint", flags.resume_from_checkpoint == "latest" and not flags.output_dir,
          "needs --output_dir"),
@@ -316,7 +318,7 @@ class Compute(NamedTuple):
     dtype: torch.dtype  # of matrix products and attention
     attend: Callable  # `attend_at_once` or `attend_by_segment` of loss.py
 
-    def load(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], TreePlan]:
+    def to_device(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], TreePlan]:
         """A micro-batch on the device, as `ResponseScorer` takes it."""
         tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
         return tensors, plan_attention(batch.segments, self.device, self.dtype, self.attend)
@@ -345,7 +347,7 @@ def logps_by_rows(pair: dict, model: PreTrainedModel, compute: Compute) -> torch
 def logps_by_tree(pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
     """[2] the same as in training."""
     (batch,) = TreeCollator(micro_batch_tokens=10**9)([pair])
-    tensors, plan = compute.load(batch)
+    tensors, plan = compute.to_device(batch)
     return of_pairs(ResponseScorer(model, compute.dtype)(tensors, plan), tensors)[0]
 
 
@@ -365,10 +367,11 @@ def without_gradient(logps: Callable, pair: dict, model: PreTrainedModel, comput
 
 def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """The largest of |a - b| / |b|."""
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(values, expected, strict=True))
+    errors = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(values, expected, strict=True)]
+    return float(torch.stack(errors).max())  # nan if one is
 
 
-def tree_differs(model, long: dict, short: dict, compute: Compute, own: list, rounding: float) -> str | None:
+def reason_against_tree(model, long: dict, short: dict, compute: Compute, own: list, rounding: float) -> str | None:
     """What is wrong with the model over a tree, in words; `rounding` is the relative error of its own rows."""
     try:
         logps = without_gradient(logps_by_tree, long, model, compute)
@@ -386,44 +389,44 @@ def tree_differs(model, long: dict, short: dict, compute: Compute, own: list, ro
     return None
 
 
-def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int) -> tuple[Compute, str | None]:
+def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int, say: Callable) -> Compute:
     """Are the log-probabilities and the gradients that this model has over a token tree its own?
 
     They are compared with those of its plain rows by its own logits and its "eager" attention, which share no code with
     ours, in float32 and in the run's precision. They differ if its attention is of another kind, or if its logits are
     more than hidden states times LM head.
 
-    Returns how to compute, and what to say if that is not as asked for: where the kernel for GPUs is wrong, segments
-    are taken. Raises UserError for a model that can't be trained here.
+    Returns how to compute: where the kernel for GPUs is wrong, that is said, and segments are taken. Raises UserError
+    for a model that can't be trained here.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if positions < max_length:
         raise UserError(f"--max_length {max_length}: {model.name_or_path} has only {positions} positions")
     long, short = probe_pair(pairs, max_length), probe_pair(pairs, min(max_length, 128))
     given = model, long, short
-    exact, warning = Compute(compute.device, torch.float32, attend_by_segment), None
+    exact = Compute(compute.device, torch.float32, attend_by_segment)
     try:
         model.set_attn_implementation("eager")
         own = [without_gradient(logps_by_rows, long, model, exact), *gradients(logps_by_rows, short, model, exact)]
         rounding = relative_error(gradients(logps_by_rows, short, model, compute), own[1:])
         model.set_attn_implementation("tree")
-        reason = tree_differs(*given, exact, own, rounding)
+        reason = reason_against_tree(*given, exact, own, rounding)
     except Exception as error:  # of a model that can't be run row by row either
         if is_out_of_memory(error):
             raise
         reason = first_line(error)
     if not reason and compute != exact:
-        reason = tree_differs(*given, compute, own, rounding)
+        reason = reason_against_tree(*given, compute, own, rounding)
         if reason and compute.attend is attend_at_once:
-            warning = f"FlashAttention can't be used ({reason}): attention goes segment by segment, which is slower"
+            say(f"warning: FlashAttention can't be used ({reason}): attention goes segment by segment, which is slower")
             compute = compute._replace(attend=attend_by_segment)
-            reason = tree_differs(*given, compute, own, rounding)
+            reason = reason_against_tree(*given, compute, own, rounding)
     if reason:
         raise UserError(
             f"{type(model).__name__} can't be trained here: {reason}. What works are decoders with plain attention, "
             "such as Qwen2, Qwen3, Llama or Mistral, dense or as mixture of experts"
         )
-    return compute, warning
+    return compute
 
 
 def usual_tokens(compute: Compute, flags: Flags) -> int:
@@ -480,11 +483,13 @@ def rehearse(
     """
     if n_tokens < least:
         return 0
-    weights = list(policy.parameters())
-    n_pairs = -(-n_tokens // (2 * max_length))
-    length = n_tokens // (2 * n_pairs) - 1
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    n_prompt = max_length // 2  # in the keys of each response
+    n_pairs = max(1, (n_tokens - n_prompt) // (2 * (max_length - n_prompt)))
+    length = (n_tokens - n_prompt) // (2 * n_pairs)
     responses = [np.r_[i // 64, np.full(length - 1, i % 64)] for i in range(2 * n_pairs)]  # all different
-    pairs = [{"index": i, "prompt_ids": [0], "chosen_ids": responses[2 * i], "rejected_ids": responses[2 * i + 1]}
+    prompt = np.zeros(n_prompt, dtype=np.int64)
+    pairs = [{"index": i, "prompt_ids": prompt, "chosen_ids": responses[2 * i], "rejected_ids": responses[2 * i + 1]}
              for i in range(n_pairs)]  # fmt: skip
     try:
         n_more = 2 if n_processes == 1 else 3  # numbers a weight: AdamW's two moments, DDP's copy of the gradients
@@ -492,7 +497,7 @@ def rehearse(
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         (batch,) = TreeCollator(n_tokens)(pairs)
-        tensors, plan = compute.load(batch)
+        tensors, plan = compute.to_device(batch)
         logps = ResponseScorer(policy.train(), compute.dtype)(tensors, plan)
         if reference is not None:
             with torch.no_grad():
@@ -515,22 +520,30 @@ def is_higher(values: torch.Tensor) -> torch.Tensor:
     return 0.5 + 0.5 * torch.sign(values[:, 0] - values[:, 1])
 
 
-# What is logged: means over pairs. Of P pairs are given the losses [P] and, [P, 2] with the chosen ones first, the
-# log-probabilities under the policy and the rewards, in nats, and the lengths in tokens. Names are TRL's where it has
-# them. To add a metric, add a line: it is in the log and, with its standard error, in evaluations and in the report.
-METRICS: dict[str, Callable[..., torch.Tensor]] = {
-    "loss": lambda losses, logps, rewards, lengths: losses,
-    "rewards/chosen": lambda losses, logps, rewards, lengths: rewards[:, 0],
-    "rewards/rejected": lambda losses, logps, rewards, lengths: rewards[:, 1],
-    "rewards/margins": lambda losses, logps, rewards, lengths: rewards[:, 0] - rewards[:, 1],
-    "rewards/accuracies": lambda losses, logps, rewards, lengths: is_higher(rewards),
-    "logps/chosen": lambda losses, logps, rewards, lengths: logps[:, 0],
-    "logps/rejected": lambda losses, logps, rewards, lengths: logps[:, 1],
-    "logps/accuracies": lambda losses, logps, rewards, lengths: is_higher(logps),
-    "nll_loss": lambda losses, logps, rewards, lengths: -logps[:, 0] / lengths[:, 0],
-    "lengths/chosen": lambda losses, logps, rewards, lengths: lengths[:, 0],
-    "lengths/rejected": lambda losses, logps, rewards, lengths: lengths[:, 1],
-    "lengths/accuracies": lambda losses, logps, rewards, lengths: is_higher(lengths),  # of "longer is better"
+class Measured(NamedTuple):
+    """What METRICS are made of, without gradients; of P pairs, [P, 2] with the chosen response first."""
+
+    losses: torch.Tensor  # [P]
+    logps: torch.Tensor  # under the policy, in nats
+    rewards: torch.Tensor  # in nats
+    lengths: torch.Tensor  # in tokens
+
+
+# What is logged, as means over pairs. Names are TRL's where it has them. To add a metric, add a line: it is in the log
+# and, with its standard error, in evaluations and in the report.
+METRICS: dict[str, Callable[[Measured], torch.Tensor]] = {
+    "loss": lambda of: of.losses,
+    "rewards/chosen": lambda of: of.rewards[:, 0],
+    "rewards/rejected": lambda of: of.rewards[:, 1],
+    "rewards/margins": lambda of: of.rewards[:, 0] - of.rewards[:, 1],
+    "rewards/accuracies": lambda of: is_higher(of.rewards),
+    "logps/chosen": lambda of: of.logps[:, 0],
+    "logps/rejected": lambda of: of.logps[:, 1],
+    "logps/accuracies": lambda of: is_higher(of.logps),
+    "nll_loss": lambda of: -of.logps[:, 0] / of.lengths[:, 0],
+    "lengths/chosen": lambda of: of.lengths[:, 0],
+    "lengths/rejected": lambda of: of.lengths[:, 1],
+    "lengths/accuracies": lambda of: is_higher(of.lengths),  # of "the longer one is better"
 }
 
 
@@ -546,8 +559,8 @@ def losses_and_metrics(logps: torch.Tensor, ref_logps: torch.Tensor, tensors: di
         *logps.unbind(1), *ref_logps.unbind(1), *lengths.unbind(1),
         flags.beta, flags.label_smoothing, flags.loss_type, flags.sft_weight,
     )  # fmt: skip
-    given = losses.detach(), logps.detach(), torch.stack(rewards, dim=1), lengths
-    return losses, torch.stack([metric(*given).double() for metric in METRICS.values()], dim=1)
+    measured = Measured(losses.detach(), logps.detach(), torch.stack(rewards, dim=1), lengths)
+    return losses, torch.stack([metric(measured).double() for metric in METRICS.values()], dim=1)
 
 
 def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, accelerator: Accelerator, title: str):
@@ -560,7 +573,7 @@ def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, acceler
     starts = range(0, len(pairs), 256)
     for start in tqdm(starts, title, leave=False, disable=rank > 0 or not sys.stderr.isatty()):
         for batch in collate(pairs.read(order[start : start + 256]), n_processes)[rank::n_processes]:
-            yield compute.load(batch)
+            yield compute.to_device(batch)
 
 
 class ReferenceModel:
@@ -638,7 +651,8 @@ def evaluate(
     table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=compute.device)
     for tensors, plan in micro_batches(pairs, collate, compute, accelerator, "Evaluating"):
         logps = of_pairs(scorer(tensors, plan), tensors)
-        _, table[tensors["pair_index"]] = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)
+        _, metrics = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)
+        table[tensors["pair_index"]] = metrics
     table = accelerator.reduce(table, "sum").cpu().numpy()
     longer_one = table[:, list(METRICS).index("lengths/accuracies")]
     parts = {
@@ -710,23 +724,24 @@ def forward_backward(
     """
     sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=accelerator.device)
     losses_of_pairs = []
-    for tensors, plan in batches:
-        is_last = tensors is batches[-1][0]
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(scorer):
+    for number, (tensors, plan) in enumerate(batches, start=1):
+        with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(scorer):
             logps = of_pairs(scorer(tensors, plan), tensors)  # [P, 2]
             losses, metrics = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)  # [P], [P, K]
             # DDP averages the gradients over the processes; the loss is a mean over the pairs of all of them.
             (losses.sum() * (accelerator.num_processes / n_pairs)).backward()
         sums[:-2] += metrics.sum(0)
         sums[-2] += len(losses)
-        sums[-1] += tensors["input_ids"].numel()
+        sums[-1] += tensors["input_ids"].numel() if len(losses) else 0  # fillers don't count
         losses_of_pairs.append((tensors["pair_index"], losses.detach()))
     return sums, losses_of_pairs
 
 
-def gather(sums: torch.Tensor, grad_norm: torch.Tensor, is_asked_to_stop: bool, accelerator: Accelerator):
-    """The sums over all processes, the norm of the gradient, and whether any process was asked to stop, as numbers:
-    the one sum over processes in a step, and the one time that the host waits for the device."""
+def sum_over_processes(sums: torch.Tensor, grad_norm: torch.Tensor, is_asked_to_stop: bool, accelerator: Accelerator):
+    """As numbers: the sums of all processes, the norm of the gradient, and whether any process was asked to stop.
+
+    Here the host waits for the step's results, once.
+    """
     asked = sums.new_tensor([is_asked_to_stop])
     *sums, asked = accelerator.reduce(torch.cat([sums, asked]), "sum").tolist()
     return sums, grad_norm.item(), asked > 0
@@ -815,7 +830,7 @@ def warnings_about(line: dict[str, Any], flags: Flags, warmup_steps: int) -> Ite
             f"--learning_rate {flags.learning_rate} hardly moves the log-probabilities; try ten times as much": True,
         }  # fmt: skip
         why = next(text for text, holds in reasons.items() if holds)
-        yield "stuck", f"the loss stays where it began, at {loss_at_start(flags):.4f}: {why}"
+        yield why, f"the loss stays where it began, at {loss_at_start(flags):.4f}: {why}"
     sunk = -line["rewards/chosen"] / flags.beta / line["lengths/chosen"]
     if sunk > 0.1:
         yield "sinking", (
@@ -838,32 +853,41 @@ def next_free_folder(name: str) -> Path:
     raise UserError(f"output/{name}-999 is taken, too: give an --output_dir")
 
 
-def claim_output_dir(flags: Flags) -> Path:
-    """The run's folder, which is now there; another run's folder is never written to.
+def output_dir_of(flags: Flags) -> Path | None:
+    """The run's folder, if flags say which; else it will be the next free one.
 
-    Raises UserError if it holds another run, or can't be written to.
+    Raises UserError if it holds another run, or can't be written to: a run never writes into another one's folder.
     """
     resume = flags.resume_from_checkpoint
     if flags.output_dir is None and resume is None:
-        return next_free_folder("eval" if flags.eval_only else "demo" if flags.demo else "dpo")
+        return None
     folder = Path(flags.output_dir) if flags.output_dir else Path(resume).parent
     is_its_own = resume == "latest" or resume and Path(resume).resolve().parent == folder.resolve()
     used = ("metrics.jsonl", "report.md", "model.safetensors")
     if (find_checkpoints(folder) or any((folder / name).exists() for name in used)) and not is_its_own:
         raise UserError(f"--output_dir {folder} holds another run: give another, or --resume_from_checkpoint latest")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--output_dir {folder} can't be written to")
+    return folder
+
+
+def make_output_dir(folder: Path | None, flags: Flags) -> Path:
+    """Made once nothing is left that often goes wrong, so that a run that could not start leaves no empty folder."""
+    if folder is None:
+        return next_free_folder("eval" if flags.eval_only else "demo" if flags.demo else "dpo")
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {folder} can't be written to")
     return folder
 
 
 @contextlib.contextmanager
 def written(path: Path):
-    """What is done inside writes there. Raises UserError if the disk does not take it, as each library puts it."""
+    """What is done inside writes there. Raises UserError if that fails: for a full disk each library has its own error,
+    and transformers refuses to write a generation config that contradicts itself."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} can't be written ({first_line(error)})") from None
 
 
@@ -1032,7 +1056,7 @@ class StopSignals:
         self.caught = True
         signal.signal(number, signal.SIG_DFL)
         if self.is_main:
-            with contextlib.suppress(OSError):  # a closed terminal
+            with contextlib.suppress(OSError, RuntimeError):  # a closed terminal; another print that is just writing
                 print("\nstopping after this step, with a checkpoint (again: exit at once)", file=sys.stderr)
 
 
@@ -1104,11 +1128,13 @@ def header(facts: dict[str, str], flags: Flags, tokenizer, pair: dict) -> str:
 
 def compare_models(
     policy: PreTrainedModel, ref_model: PreTrainedModel, data: PreparedData, compute: Compute, accelerator: Accelerator,
-    tokenizer, log: Log, flags: Flags,
+    tokenizer, folder: Path, flags: Flags,
 ) -> None:  # fmt: skip
     """--eval_only: logged as a run that would have begun as the reference and ended as the policy."""
     facts = facts_of(flags, data, compute, "none: two models are compared")
-    log.say(header(facts, flags, tokenizer, data.held_out.read([0])[0]))
+    start_tracker(accelerator, folder, flags)
+    accelerator.print(header(facts, flags, tokenizer, data.held_out.read([0])[0]))
+    log = Log(folder / "metrics.jsonl", accelerator, 0, 0)
     log.start(flags, facts)
     collate, reference = TreeCollator(usual_tokens(compute, flags)), ReferenceModel(ref_model, compute.dtype)
     for model in (ref_model, policy):
@@ -1116,6 +1142,7 @@ def compare_models(
         found = evaluate(scorer, reference, data, collate, compute, accelerator, tokenizer, flags, with_answers=True)
         log.evaluation(0, 0.0, found)
     log.end(0)
+    accelerator.end_training()
 
 
 def train(flags: Flags) -> Path:
@@ -1126,10 +1153,10 @@ def train(flags: Flags) -> Path:
     dtype = {"bf16": torch.bfloat16, "no": torch.float32}[flags.mixed_precision]
     has_kernel = device.type == "cuda" and dtype.itemsize == 2  # FlashAttention, on a GPU, in 16 bits
     compute = Compute(device, dtype, attend_at_once if has_kernel else attend_by_segment)
-    (folder,) = accelerate.utils.broadcast_object_list([claim_output_dir(flags) if is_main else None])
+    folder = output_dir_of(flags)
     if device.type == "cpu" and not flags.demo:
-        say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): this runs on the CPU, "
-            "where --mixed_precision no is mostly several times as fast")
+        hint = "; on most CPUs --mixed_precision no is several times as fast" * (dtype != torch.float32)
+        say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): the CPU computes{hint}")
 
     # 2. Rows to token ids, split by prompt
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)
@@ -1145,26 +1172,25 @@ def train(flags: Flags) -> Path:
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
     check_vocabulary(policy, tokenizer, "--model_name_or_path", flags.model_name_or_path)
-    compute, warning = check_model(policy, any_pairs, compute, flags.max_length)
+    compute = check_model(policy, any_pairs, compute, flags.max_length, say)
     if flags.ref_model_name_or_path in (None, flags.model_name_or_path):
         ref_model = copy.deepcopy(policy)
     else:
         ref_model = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(device)
         check_vocabulary(ref_model, tokenizer, "--ref_model_name_or_path", flags.ref_model_name_or_path)
-        compute, warning = check_model(ref_model, any_pairs, compute, flags.max_length)
-    if warning:
-        say(f"warning: {warning}")
-    if flags.eval_only:
-        log = Log(folder / "metrics.jsonl", accelerator, 0, 0)
-        compare_models(policy, ref_model, data, compute, accelerator, tokenizer, log, flags)
-        return folder
+        compute = check_model(ref_model, any_pairs, compute, flags.max_length, say)
 
-    # 4. The checkpoint to go on from, if any, which must belong to this run
+    # 4. The run's folder, and the checkpoint to go on from, if any, which must belong to this run
     hashes = {"policy's start (hash)": weights_hash(policy), "reference (hash)": weights_hash(ref_model)}
     same_start = len(set(hashes.values())) == 1
     belongs_to = hashes | {"data": f"{data.train.fingerprint} {data.held_out.fingerprint}"}
-    settings = {f"--{name}": value for name, value in asdict(flags).items() if name not in MAY_CHANGE_ON_RESUME}
+    settings = {"metrics": ", ".join(METRICS)}
+    settings |= {f"--{name}": value for name, value in asdict(flags).items() if name not in MAY_CHANGE_ON_RESUME}
     checkpoint, state = read_checkpoint(folder, belongs_to | settings, flags)
+    (folder,) = accelerate.utils.broadcast_object_list([make_output_dir(folder, flags) if is_main else None])
+    if flags.eval_only:
+        compare_models(policy, ref_model, data, compute, accelerator, tokenizer, folder, flags)
+        return folder
 
     # 5. The reference's log-probabilities: from the model beside the policy, or from a table, and the model goes
     freeze(ref_model, dtype)
@@ -1187,8 +1213,10 @@ def train(flags: Flags) -> Path:
     )
     total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
     warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
+    if flags.lr_scheduler_type == "constant":
+        warmup_steps = 0
     if flags.warmup_steps >= total_steps:
-        raise UserError(f"--warmup_steps {warmup_steps}: the run has only {total_steps} steps")
+        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
 
     # 7. The policy and what else changes from step to step, as they are at the start or in the checkpoint
     if checkpoint is not None:
@@ -1218,28 +1246,32 @@ def train(flags: Flags) -> Path:
     start_tracker(accelerator, folder, flags)
     log = Log(folder / "metrics.jsonl", accelerator, step, total_steps)
     stop = StopSignals(is_main)
-    held_out = data, collate, compute, accelerator, tokenizer, flags
+    evaluate_now = partial(evaluate, scorer, eval_reference, data, collate, compute, accelerator, tokenizer, flags)
+    elsewhere = checkpoint and checkpoint.parent / "metrics.jsonl"
+    if elsewhere and is_main and not log.path.exists() and elsewhere.exists():
+        shutil.copy(elsewhere, log.path)  # a run that goes on in another folder has its beginning there, too
     if checkpoint is None:
         log.start(flags, facts | {"micro_batch_tokens": n_tokens})
-        log.evaluation(0, 0.0, evaluate(scorer, eval_reference, *held_out, with_answers=True))
+        log.evaluation(0, 0.0, evaluate_now(with_answers=True))
     else:
         log.write({"event": "resumed", "step": step, "checkpoint": checkpoint.name})
 
     # 9. The steps
-    batches = [compute.load(batch) for batch in steps[step]] if step < total_steps else []
+    batches = [compute.to_device(batch) for batch in steps[step]] if step < total_steps else []
     while step < total_steps:
         started, n_pairs = time.perf_counter(), len(steps.indices(step))
         sums, losses = forward_backward(batches, n_pairs, trained, train_reference, accelerator, flags)
         grad_norm = clip_grad_norm_(policy.parameters(), flags.max_grad_norm or math.inf)
         if step + 1 < total_steps:  # made while the device works
-            batches = [compute.load(batch) for batch in steps[step + 1]]
-        sums, grad_norm, stopping = gather(sums, grad_norm, stop.caught, accelerator)
+            batches = [compute.to_device(batch) for batch in steps[step + 1]]
+        sums, grad_norm, stopping = sum_over_processes(sums, grad_norm, stop.caught, accelerator)
         learning_rate = scheduler.get_last_lr()[0]
         if math.isfinite(grad_norm):
             optimizer.step()
             window.add(sums)
         else:
-            log.warn("skipped", window.skip(rows_of_bad_step(losses, data.train), step + 1))
+            rows = rows_of_bad_step(losses, data.train)  # of all processes
+            log.warn("skipped", window.skip(rows, step + 1))
         optimizer.zero_grad()
         scheduler.step()
         step += 1
@@ -1257,7 +1289,7 @@ def train(flags: Flags) -> Path:
             for name, text in warnings_about(line, flags, warmup_steps):
                 log.warn(name, text)
         if flags.eval_steps and step % flags.eval_steps == 0 and not is_last:
-            log.evaluation(step, epoch, evaluate(scorer, eval_reference, *held_out))
+            log.evaluation(step, epoch, evaluate_now())
         stopping = stopping and not is_last
         if stopping or flags.save_steps and (step % flags.save_steps == 0 or is_last):
             if is_main:
@@ -1277,7 +1309,7 @@ def train(flags: Flags) -> Path:
     if is_main:
         with written(folder):
             save_model(policy, tokenizer, data.end_ids, folder)
-    log.evaluation(step, step / steps.steps_per_epoch, evaluate(scorer, eval_reference, *held_out, with_answers=True))
+    log.evaluation(step, step / steps.steps_per_epoch, evaluate_now(with_answers=True))
     log.end(step)
     accelerator.end_training()
     return folder
@@ -1288,10 +1320,9 @@ def main(argv: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
-    rank, flags, text = os.environ.get("RANK", "0"), None, None
+    rank, text = os.environ.get("RANK", "0"), None
     try:
-        flags = parse_flags(argv)
-        train(flags)
+        train(parse_flags(argv))
         return 0
     except UserError as error:
         if rank == "0" or not isinstance(error, Stopped):
@@ -1304,9 +1335,6 @@ def main(argv: Sequence[str]) -> int:
         text = "stopped"
     if text:
         print(f"dpo_train.py{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
-    if flags and flags.output_dir:
-        with contextlib.suppress(OSError):
-            os.rmdir(flags.output_dir)  # only if nothing has been written
     return 1
 
 

@@ -87,7 +87,7 @@ def step(policy, reference, steps, compute, with_table=False):
     if with_table:
         reference = ReferenceTable(torch.zeros(len(steps.pairs), 2, dtype=torch.float64, device=compute.device))
     optimizer = torch.optim.AdamW(policy.parameters(), fused=compute.device.type == "cuda")
-    batches = [compute.load(batch) for batch in steps[0]]
+    batches = [compute.to_device(batch) for batch in steps[0]]
     accelerator = SimpleNamespace(device=compute.device, num_processes=1, no_sync=lambda _: contextlib.nullcontext())
     scorer = ResponseScorer(policy.train(), compute.dtype)
     sums, losses = forward_backward(batches, 4, scorer, reference, accelerator, Flags())
@@ -120,13 +120,13 @@ def test_a_backward_pass_stays_on_its_device(parts, attend):
 
 @pytest.mark.parametrize("name", ["position_ids", "predictor_index", "target_ids", "response_index", "chosen_index"])
 def test_what_is_left_on_the_host_is_found(parts, monkeypatch, name):
-    load = Compute.load
+    load = Compute.to_device
 
     def forget(compute, batch):
         tensors, plan = load(compute, batch)
         return tensors | {name: batch.tensors[name]}, plan
 
-    monkeypatch.setattr(Compute, "load", forget)
+    monkeypatch.setattr(Compute, "to_device", forget)
     monkeypatch.setattr(torch.Tensor, "backward", no_backward)
     found = pytest.raises((AssertionError, RuntimeError), match="cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), OneDevice(), found:

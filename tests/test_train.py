@@ -466,7 +466,8 @@ def test_checkpoints_are_limited_and_an_older_or_damaged_one_is_refused(model_di
     older = {"resume_from_checkpoint": folder / "checkpoint-12"}
     assert "checkpoint-14 is newer and would be lost" in refused(model_dir, data_file, folder, **older)
     branch = run(model_dir, data_file, tmp_path / "branch", **older)
-    assert [line["step"] for line in training(branch)] == [13, 14]
+    assert [line["step"] for line in training(branch)] == list(range(1, 15))  # its beginning has come along
+    assert (tmp_path / "branch" / "report.md").exists()
     assert "branch holds another run" in refused(model_dir, data_file, tmp_path / "branch", **older)
     for path in (folder / "checkpoint-14").iterdir():
         path.write_bytes(path.read_bytes()[:100])  # as no crash leaves them, but a copy may
@@ -724,7 +725,8 @@ def test_a_disk_that_is_full_from_the_start_ends_in_one_line(model_dir, data_fil
     assert "run can't be written" in in_one_line(done)
     assert done.stdout.count("metrics.jsonl can't be written to") == 1 and "no checkpoint at step 7" in done.stdout
     assert "step 14/14" in done.stdout and not checkpoints(tmp_path / "run")
-    assert "reference.pt can't be written" in in_one_line(table) and not (tmp_path / "table").exists()
+    assert "reference.pt can't be written" in in_one_line(table)
+    assert not list((tmp_path / "table").iterdir())
 
 
 def test_a_tracker_gets_the_numbers_of_the_log(model_dir, data_file, tmp_path, monkeypatch):
