@@ -496,7 +496,7 @@ def rehearse(
         room = torch.empty(n_more * sum(weight.numel() for weight in weights), device=compute.device)
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        (batch,) = TreeCollator(n_tokens)(pairs)
+        batch = TreeCollator(n_tokens)(pairs)[0]
         tensors, plan = compute.to_device(batch)
         logps = ResponseScorer(policy.train(), compute.dtype)(tensors, plan)
         if reference is not None:
