@@ -420,13 +420,14 @@ def test_a_torn_table_or_one_of_other_pairs_is_made_anew(rare, plain, model_dir,
 def test_stopped_by_each_signal_and_resumed_as_it_says(plain, model_dir, data_file, tmp_path):
     """The end is that of the run that nobody stopped, bit for bit."""
     words = arguments(model_dir, data_file, tmp_path / "run")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 6), (signal.SIGHUP, 9)):
         done = type_here(words, cue=f"step {step}/", act=lambda number=number: os.kill(os.getpid(), number))
         assert done.returncode == 1 and "stopping after this step, with a checkpoint (again: exit" in done.stderr
         resume = f"--output_dir {tmp_path / 'run'} --resume_from_checkpoint latest"
         assert re.search(rf"py: stopped after step {step + 1}; go on .* {resume}\n$", done.stderr), done.stderr
         words += resume.split() if step == 3 else []
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         done = type_here(words, cue="step 12/", act=lambda: os.kill(os.getpid(), signal.SIGHUP))
     finally:
