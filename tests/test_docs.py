@@ -29,7 +29,7 @@ IN_BOTH_LANGUAGES = [
     for page in PAGES if ".zh." in page.name
 ]  # fmt: skip
 WITH_FORMULA_TABLE = {"theory"}
-OTHER_TOOLS = {  # flags of accelerate launch, uv, hf upload, lm_eval
+OTHER_TOOLS = {"no-sync",   # flags of accelerate launch, uv, hf upload, lm_eval
     "multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
     "with", "from", "exclude", "model_args", "tasks",
 }  # fmt: skip
