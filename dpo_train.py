@@ -1041,11 +1041,13 @@ class Log:
 
 class StopSignals:
     """Notes Ctrl-C, SIGTERM and a closed terminal, so that the run can stop between two steps; the same once more ends
-    the process. A signal that is ignored (SIGHUP under nohup) stays so."""
+    the process."""
 
     def __init__(self, is_main: bool):
         self.caught, self.is_main = False, is_main
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+            numbers.append(signal.SIGHUP)
         self.handlers = {number: signal.signal(number, self.note) for number in numbers}
 
     def give_back(self) -> None:
