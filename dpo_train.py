@@ -301,9 +301,9 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer, flag_name: str, name: str) -> None:
+def check_vocabulary(model: PreTrainedModel, own_tokenizer, tokenizer, flag_name: str, name: str) -> None:
     """Raises UserError if the ids of the policy's tokenizer are not this model's."""
-    own = load(AutoTokenizer, flag_name, name).get_vocab()
+    own = own_tokenizer.get_vocab()
     differ = [token for token, number in tokenizer.get_vocab().items() if own.get(token, number) != number]
     if differ:
         raise UserError(f"{flag_name} {name}: {len(differ)} tokens have other ids than in the policy, as {differ[0]!r}")
@@ -1173,19 +1173,21 @@ def train(flags: Flags) -> Path:
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
-    check_vocabulary(policy, tokenizer, "--model_name_or_path", flags.model_name_or_path)
+    check_vocabulary(policy, tokenizer, tokenizer, "--model_name_or_path", flags.model_name_or_path)
     compute = check_model(policy, any_pairs, compute, flags.max_length, say)
+    start_hash = ref_hash = weights_hash(policy)
     if flags.ref_model_name_or_path in (None, flags.model_name_or_path):
         ref_model = copy.deepcopy(policy)
     else:
         ref_model = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(device)
-        check_vocabulary(ref_model, tokenizer, "--ref_model_name_or_path", flags.ref_model_name_or_path)
+        ref_tokenizer = load(AutoTokenizer, "--ref_model_name_or_path", flags.ref_model_name_or_path)
+        check_vocabulary(ref_model, ref_tokenizer, tokenizer, "--ref_model_name_or_path", flags.ref_model_name_or_path)
         compute = check_model(ref_model, any_pairs, compute, flags.max_length, say)
+        ref_hash = weights_hash(ref_model)
 
     # 4. The run's folder, and the checkpoint to go on from, if any, which must belong to this run
-    hashes = {"policy's start (hash)": weights_hash(policy), "reference (hash)": weights_hash(ref_model)}
-    same_start = len(set(hashes.values())) == 1
-    belongs_to = hashes | {"data": f"{data.train.fingerprint} {data.held_out.fingerprint}"}
+    belongs_to = {"policy's start (hash)": start_hash, "reference (hash)": ref_hash}
+    belongs_to |= {"data": f"{data.train.fingerprint} {data.held_out.fingerprint}"}
     settings = {"metrics": ", ".join(METRICS)}
     settings |= {f"--{name}": value for name, value in asdict(flags).items() if name not in MAY_CHANGE_ON_RESUME}
     checkpoint, state = read_checkpoint(folder, belongs_to | settings, flags)
@@ -1285,7 +1287,7 @@ def train(flags: Flags) -> Path:
             line |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "learning_rate": learning_rate}
             if device.type == "cuda":
                 line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            if step == 1 and same_start:
+            if step == 1 and start_hash == ref_hash:
                 check_first_step(line, flags)
             log.training(line)
             for name, text in warnings_about(line, flags, warmup_steps):
