@@ -61,7 +61,7 @@ def load_rows(name: str, split: str = "train", flag: str = "--dataset_name") -> 
     """The raw rows of a hub data set, a local folder (as `git clone` leaves it) or a .parquet, .json or .jsonl file.
 
     `info.description` of the result says what was read and which files were left out. Raises UserError, which begins
-    with `flag`, if no rows can be read.
+    with `flag`, if there is nothing to read.
     """
     path = Path(name).expanduser()
     is_local = path.exists() or name.startswith((".", "/", "~")) or path.suffix in FILES or name.count("/") > 1
@@ -80,8 +80,6 @@ def load_rows(name: str, split: str = "train", flag: str = "--dataset_name") -> 
         if not is_local:
             text += ": HF_ENDPOINT sets a mirror of the hub; a file or folder can be given, too; `--demo` needs neither"
         raise UserError(f"{flag} {name}: {text}") from None
-    if not len(rows):
-        raise UserError(f"{flag} {name}: there are no rows in it")
     rows.info.description = source
     return rows
 
@@ -201,9 +199,7 @@ def read_triple(row: Any) -> Triple:
     # Where one side only continues the other, nothing is shared: neither is a response.
     n_shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     prompt = join(row.get("system") or "", prompt, chosen[:n_shared])
-    if not prompt:
-        columns = sorted(name for name in row if has_content(row[name]))
-        raise Unusable(f"no prompt; columns: {', '.join(columns)}"[:200])
+    refuse_if(not prompt, f"no prompt; columns: {', '.join(sorted(row))}"[:200])
     refuse_if(any(not turn["content"].strip() for turn in prompt if turn["role"] != "system"), "prompt: empty")
     refuse_if(prompt[-1]["role"] != "user", "prompt: does not end with a user turn")
     for side in (chosen, rejected):
@@ -224,7 +220,8 @@ def read_triple(row: Any) -> Triple:
 
 def join(system: Any, prompt: list[Message], shared: list[Message]) -> list[Message]:
     """The system turn, the prompt, and the turns with which both sides begin, none of them twice."""
-    systems = [read_turn({"role": "system", "content": system}, "system")] if system else []
+    refuse_if(not isinstance(system, str), "system: wrong type")
+    systems = [{"role": "system", "content": system}] if system else []
     for turns in (prompt, shared):
         if turns and turns[0]["role"] == "system":
             systems.append(turns.pop(0))
@@ -267,7 +264,7 @@ def refuse_unsupported(fields: dict) -> None:
 
 
 def has_content(value: Any) -> bool:
-    """Parquet gives each row all columns, and each object all fields: most are empty."""
+    """Whether a value says anything: parquet gives each row all columns and each object all fields, mostly empty."""
     if isinstance(value, dict | list):
         return any(map(has_content, value.values() if isinstance(value, dict) else value))
     return value not in (None, "", "[]", "{}")
@@ -320,8 +317,9 @@ class Encoder:
         """
         prompt, *responses = (tokenize(self.tokenizer, text) for text in self.render(triple))
         is_plain = isinstance(triple.prompt, str)
-        prompt, end_id = self.bos_ids * is_plain + prompt, self.end_ids[is_plain]
+        prompt = self.bos_ids + prompt if is_plain else prompt
         refuse_if(not prompt, "prompt: empty")
+        end_id = self.end_ids[is_plain]
         # What a template writes after its end-of-turn ("\n") belongs to the next turn.
         responses = [[*takewhile(lambda token: token != end_id, ids), end_id] for ids in responses]
         longest = max(map(len, responses))
@@ -329,7 +327,7 @@ class Encoder:
         n_response = self.max_length - n_prompt
         truncated = n_prompt < len(prompt) or n_response < longest
         ids = [prompt[len(prompt) - n_prompt :], *(response[:n_response] for response in responses)]
-        refuse_if(ids[1] == ids[2], "chosen and rejected have the same tokens" + truncated * " after truncation")
+        refuse_if(ids[1] == ids[2], f"chosen equals rejected{' after truncation' if truncated else ''}, as tokens")
         digest = hash64(b"|".join(np.array(part, dtype=np.int32).tobytes() for part in ids))
         return dict(zip(IDS, ids, strict=True), digest=digest, truncated=truncated, is_plain=is_plain)
 
@@ -468,8 +466,9 @@ def prepare(
     If `held_out_rows` are given, they are held out instead, and rows with a prompt of theirs are not trained on. They
     are numbered after `rows`. Raises UserError for what the user should know before a run.
     """
-    source, n_own = rows.info.description, len(rows)
+    source, first_given = rows.info.description, None
     if held_out_rows is not None:
+        first_given = len(rows)
         source += f"; held out: {held_out_rows.info.description}"
         try:
             rows = datasets.concatenate_datasets([rows, held_out_rows])
@@ -478,24 +477,24 @@ def prepare(
 
     # The first pass reads every row and keeps a hash of its prompt. `cause` says why a row can't train, "" if it can.
     table = map_rows(rows, scan_rows, "Reading rows").to_pandas()  # columns key, domain, cause
-    refuse_if_most_are_dropped("--dataset_name", table[:n_own])
-    refuse_if_most_are_dropped("--eval_dataset_name", table[n_own:].reset_index())
+    refuse_if_most_are_dropped("--dataset_name", table[:first_given])
+    if held_out_rows is not None:
+        refuse_if_most_are_dropped("--eval_dataset_name", table[first_given:].reset_index())
     good = table[table.cause == ""]
     check_tokenizer(tokenizer, [read_triple(rows[number]).chosen for number in good.index[:20]])
+    of_domains = good[good.domain.isin(domains)] if domains else good
     if unknown := set(domains or ()) - set(good.domain):
         there = ", ".join(sorted(set(good.domain)))
         raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {there}")
-    of_domains = good[good.domain.isin(domains)] if domains else good
-    train, held_out, left_out = split_by_prompt(
-        of_domains, n_own if held_out_rows is not None else None, max_train_samples, max_eval_samples
-    )
+    train, held_out, left_out = split_by_prompt(of_domains, first_given, max_train_samples, max_eval_samples)
     left_out["rows left out: not in --domains"] = len(good) - len(of_domains)
     needed = held_out if max_train_samples == 0 else train
     if not len(needed):
         raise UserError(f"no row is left to train on: {'; '.join(in_words(left_out))}")
 
     # The second pass tokenizes the rows that are used.
-    used, encoder = pd.concat([train, held_out]).drop(columns="cause"), Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length)
+    used = pd.concat([train, held_out]).drop(columns="cause")
     tokens = map_rows(rows.select(used.index), encoder.encode_rows, "Tokenizing")
     used = used.join(tokens.remove_columns(list(IDS)).to_pandas().set_index(used.index))
     used["place"] = range(len(used))  # in `tokens`
@@ -509,7 +508,7 @@ def prepare(
         fingerprint = hashlib.blake2b(pairs.digest.to_numpy().tobytes(), digest_size=16).hexdigest()
         return Pairs(ids, pairs.key.to_numpy(), pairs.index.to_numpy(), pairs.domain.to_numpy(), fingerprint)
 
-    special = {
+    account = {
         "pairs are plain text: no chat template is applied": used.is_plain.sum(),
         "pairs cut to max_length": used.truncated.sum(),
     }
@@ -518,7 +517,7 @@ def prepare(
         held_out=pairs_of(held_out),
         end_ids=sorted({encoder.end_ids[is_plain] for is_plain in used.is_plain}),
         n_rows=len(rows),
-        account=special | left_out | count_dropped(table),
+        account=account | left_out | count_dropped(table),
         source=source,
     )
 
@@ -568,12 +567,12 @@ def count_dropped(table: pd.DataFrame) -> dict[str, int]:
 
 def refuse_if_most_are_dropped(flag: str, table: pd.DataFrame) -> None:
     """Raises UserError if more than half of the rows can't train: then it is the whole set that is misunderstood."""
-    dropped = count_dropped(table)
-    if sum(dropped.values()) > len(table) / 2:
-        raise UserError(
-            f"{flag}: {sum(dropped.values()):,} of {len(table):,} rows can't be used: {'; '.join(in_words(dropped)[:5])}. "
-            "What is read: prompt (or conversations, or the first turns of both sides) + chosen + rejected"
-        )
+    n_dropped = (table.cause != "").sum()
+    if n_dropped > len(table) / 2:
+        causes = "; ".join(in_words(count_dropped(table))[:5])
+        what_is_read = "prompt (or conversations, or the first turns of both sides) + chosen + rejected"
+        text = f"{n_dropped:,} of {len(table):,} rows can't be used: {causes}. What is read: {what_is_read}"
+        raise UserError(f"{flag}: {text}")
 
 
 def in_words(counts: dict[str, int]) -> list[str]:
