@@ -318,7 +318,6 @@ class Encoder:
         prompt, *responses = (tokenize(self.tokenizer, text) for text in self.render(triple))
         is_plain = isinstance(triple.prompt, str)
         prompt = self.bos_ids + prompt if is_plain else prompt
-        refuse_if(not prompt, "prompt: empty")
         end_id = self.end_ids[is_plain]
         # What a template writes after its end-of-turn ("\n") belongs to the next turn.
         responses = [[*takewhile(lambda token: token != end_id, ids), end_id] for ids in responses]
@@ -582,9 +581,9 @@ def in_words(counts: dict[str, int]) -> list[str]:
 
 
 def map_rows(table: Dataset, function: Callable[[pa.Table], pa.Table], title: str) -> Dataset:
-    """All rows through `function`, on all cores. datasets keeps the result, under a key made of the rows, of this
-    file's text, and of the function with all that it holds, a tokenizer for instance."""
+    """All rows through `function`, on all cores."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    # datasets keeps the result under a key: the rows, this file's text, and the function with its tokenizer.
     code = Path(__file__).read_text(encoding="utf-8")
     return table.with_format("arrow").map(
         function,
@@ -685,7 +684,7 @@ class TreeCollator:
     [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
     `segments` has, for each prompt and each response, its (start, end) in the row and those of its prompt, a prompt's
-    own being (start, start). The tensors are explained in `lay_out`.
+    own being (start, start). `lay_out`, at the end, explains the tensors.
     """
 
     micro_batch_tokens: int
@@ -729,11 +728,11 @@ def grow_trees(pairs: Sequence[dict]) -> list[Tree]:
 
 
 def cut(tree: Tree, most_tokens: int) -> list[Tree]:
-    """The same pairs in trees of at most `most_tokens`, each with the prompt; where there are several, they have little
-    in common, because a tree goes on with the pair that adds the fewest tokens."""
+    """The same pairs in trees of at most `most_tokens`, each with the prompt. Raises UserError if a pair has more."""
     parts, left = [Tree(tree.prompt)], tree.pairs.copy()
     while left:
         part = parts[-1]
+        # The pair that adds the fewest tokens is next: where a tree must be cut, the parts have little in common.
         added = [sum(len(tree.responses[key]) for key in pair[1:] if key not in part.responses) for pair in left]
         n_tokens = len(part) + min(added)
         if n_tokens <= most_tokens:
@@ -770,9 +769,9 @@ def lay_out(trees: list[Tree]) -> MicroBatch:
         number = {key: n_responses + i for i, key in enumerate(tree.responses)}
         pairs += [(index, number[chosen], number[rejected]) for index, chosen, rejected in tree.pairs]
         n_responses += len(number)
-    input_ids = np.concatenate(texts)
     responses = [segment for segment in segments if segment[2] < segment[3]]
     lengths = np.array([end - start for start, end, _, _ in responses])
+    input_ids = np.concatenate(texts)
     pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
     arrays = {
         "input_ids": input_ids[None],  # [1, T]: a prompt, its responses, the next tree

@@ -69,6 +69,11 @@ def test_forms(row, prompt):
     assert (triple.prompt, triple.chosen, triple.rejected) == (prompt, "好", "坏")
 
 
+def test_white_space_between_a_repeated_prompt_and_the_response_is_kept():
+    triple = read_triple({"prompt": "天", "chosen": "天 好", "rejected": "天\n坏"})
+    assert (triple.prompt, triple.chosen, triple.rejected) == ("天", " 好", "\n坏")
+
+
 TEXTS = {"chosen": "It is water.", "rejected": "It is sand."}
 BAD_ROWS = [
     ("row is not an object", ["text"]),

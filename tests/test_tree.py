@@ -187,6 +187,8 @@ def test_micro_batches_keep_to_the_budget_lose_nothing_and_pad_nothing(budget):
                 read = of["input_ids"][0, of["predictor_index"][at]].tolist()
                 assert read == [pairs[number]["prompt_ids"][-1], *pairs[number][name][:-1]]
     assert n_pairs == len(pairs)
+    for n_processes in (2, 3, 5):
+        assert len(TreeCollator(budget)(pairs, n_processes)) % n_processes == 0
 
 
 def test_each_prompt_and_response_is_encoded_once():
