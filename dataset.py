@@ -50,7 +50,7 @@ SPLITS = ("train", "validation", "valid", "val", "dev", "test", "testing", "eval
 JSON = "(json)"  # the column of unparsed rows
 
 
-def load_rows(name: str, split: str = "train") -> Dataset:
+def load_rows(name: str, split: str = "train", flag: str = "--dataset_name") -> Dataset:
     """The raw rows of a hub data set, a local folder (as `git clone` leaves it) or a .parquet, .json or .jsonl file.
 
     What was read, and which files were left out, stands in `info.description` of the result.

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -155,6 +156,27 @@ def read_run(path):
     name = folder.resolve().name.encode(errors="replace").decode()  # not every folder's name is UTF-8
     flags, last_step = start.get("flags") or {}, int(records[-1]["step"])
     return Run(name, folder, start, flags, records, last_step, series, evaluations, loss_at_start, seconds)
+
+
+@contextlib.contextmanager
+def complete_or_absent(path):
+    """Gives a name beside `path` to write a file or a folder to; renamed once it is on the disk, else removed."""
+    aside = path.with_name(f".{path.name}.tmp")
+    remove(aside)
+    try:
+        yield aside
+        os.sync()  # contents must be on the disk before their name is
+        remove(path)
+        aside.rename(path)
+    finally:
+        remove(aside)
+
+
+def remove(path):
+    """A file, a folder, or nothing."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @contextlib.contextmanager

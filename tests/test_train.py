@@ -465,11 +465,8 @@ def test_checkpoints_are_limited_and_an_older_or_damaged_one_is_refused(model_di
     run(model_dir, data_file, folder, save_steps=3)
     assert checkpoints(folder) == ["checkpoint-12", "checkpoint-14"]
     older = {"resume_from_checkpoint": folder / "checkpoint-12"}
-    assert "checkpoint-14 is newer and would be lost" in refused(model_dir, data_file, folder, **older)
-    branch = run(model_dir, data_file, tmp_path / "branch", **older)
-    assert [line["step"] for line in training(branch)] == list(range(1, 15))  # its beginning has come along
-    assert (tmp_path / "branch" / "report.md").exists()
-    assert "branch holds another run" in refused(model_dir, data_file, tmp_path / "branch", **older)
+    assert "checkpoint-14 is newer; take `latest`" in refused(model_dir, data_file, folder, **older)
+    assert "a run goes on in its own folder" in refused(model_dir, data_file, tmp_path / "branch", **older)
     for path in (folder / "checkpoint-14").iterdir():
         path.write_bytes(path.read_bytes()[:100])  # as no crash leaves them, but a copy may
     assert "checkpoint-14 is no whole checkpoint" in refused(model_dir, data_file, folder, **RESUME)
@@ -650,8 +647,7 @@ def test_models_that_are_refused(model_dir, data_file, tokenizer, tmp_path, how,
         ("--warmup_steps 5 --max_steps 5", "--warmup_steps 5: must be below --max_steps"),
         ("--micro_batch_tokens 100", "--micro_batch_tokens 100: must be at least 256"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("--per_device_train_batch_size 4", "--per_device_train_batch_size: here it is --train_batch_size"),
-        ("--gradient_accumulation_steps=8", "--gradient_accumulation_steps: here it is --train_batch_size"),
+        ("--per_device_train_batch_size 4", "--per_device_train_batch_size 4 .*the README has TRL's names"),
         ("--max_length 1024", "--max_length 1024: .* has only 512 positions"),
         ("--eval_only", "--eval_only True: needs --ref_model_name_or_path"),
         ("--report_to wandb", "--report_to wandb: not installed"),
@@ -777,8 +773,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(model_dir, token
     assert unchanged == skipped
     assert all((line["loss"] is None) == (line["step"] in skipped) for line in lines)
     assert lines[-1]["loss"] is None or lines[-1]["loss"] < 0.6
-    warned = re.findall(r"warning: .*step (\d+) is not finite \(rows (.*?) of the data\)", done.stdout)
-    assert warned == [(str(skipped[0]), str([bad]))]
+    ((step, named),) = re.findall(r"warning: .*step (\d+) is not finite \(rows \[(.*?)\] of the data\)", done.stdout)
+    assert int(step) == skipped[0] and str(bad) in named.split(", ") and len(named.split(", ")) == 8
 
 
 def test_five_steps_in_a_row_that_are_not_finite_end_the_run(model_dir, data_file, tmp_path):
