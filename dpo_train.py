@@ -1125,9 +1125,9 @@ def train(flags: Flags) -> Path:
     steps = StepBatches(
         data.train, collate, flags.train_batch_size, flags.seed, flags.group_by_prompt, rank, n_processes
     )
-    total_steps = math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
-    if flags.max_steps > 0 and not flags.eval_only:
-        total_steps = flags.max_steps
+    total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
+    if flags.eval_only:
+        total_steps = 0
     warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
     if flags.lr_scheduler_type == "constant":
         warmup_steps = 0
