@@ -149,12 +149,13 @@ PATHS = (
     "model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
     "resume_from_checkpoint",
 )  # fmt: skip
-# Of a resumed run, all flags must be as before but for these. Those that select models and data are compared by what
-# they select instead: by hashes of the weights and of the tokens.
+# All other flags of a resumed run must be as before.
 MAY_CHANGE_ON_RESUME = {
-    *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples", "micro_batch_tokens",
-    "gradient_checkpointing", "precompute_ref_log_probs", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "eval_only", "max_new_tokens", "demo",
+    # What these select is compared instead, by hashes of weights and tokens.
+    *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples",
+    # These don't change what is trained.
+    "micro_batch_tokens", "gradient_checkpointing", "precompute_ref_log_probs", "logging_steps", "eval_steps",
+    "save_steps", "save_total_limit", "report_to", "eval_only", "max_new_tokens", "demo",
 }  # fmt: skip
 
 
