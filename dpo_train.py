@@ -304,12 +304,15 @@ class Compute(NamedTuple):
 
 
 class Probe(NamedTuple):
+    """What is compared of a pair."""
+
     logps: torch.Tensor  # [2] log-probabilities of a pair's responses, in nats
     gradients: Sequence[torch.Tensor]  # of their sum
 
 
 def probe(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> Probe:
-    """Gradients are those of the embedding, of a middle layer's matrices, one of each kind, and of the last weight."""
+    """A pair's log-probabilities by one of the two functions below, and gradients of a few weights: the embedding, one
+    matrix of each kind from the middle of the model, and the last weight."""
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.dim() > 1]
     middle = len(matrices) // 2
@@ -344,10 +347,10 @@ def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tens
 
 
 def fault_of_tree(pair: dict, model: PreTrainedModel, compute: Compute, exact: Compute) -> str | None:
-    """What is wrong with the pair over a token tree, in words, when it is computed so.
+    """What is wrong with this pair over a token tree, computed as `compute` says; None if nothing is.
 
-    It is compared with plain rows by the model's own logits and its "eager" attention, in float32. In 16 bits,
-    gradients may be off by a few times what rounding does to those of plain rows.
+    It is compared with plain rows by the model's own logits and its "eager" attention, computed as `exact` says. In 16
+    bits, gradients may be off by a few times what rounding does to those of plain rows.
     """
     try:
         model.set_attn_implementation("eager")
@@ -370,10 +373,9 @@ def fault_of_tree(pair: dict, model: PreTrainedModel, compute: Compute, exact: C
 
 
 def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int, say: Callable) -> Compute:
-    """Are the log-probabilities and the gradients that this model has over a token tree its own?
+    """Check that the log-probabilities and the gradients which this model has over a token tree are its own.
 
     They are not if its attention is of another kind, or if its logits are more than hidden states times LM head.
-
     Returns how to compute: where the kernel for GPUs is wrong, that is said, and segments are taken. Raises UserError
     for a model that can't be trained here.
     """
