@@ -1,8 +1,7 @@
-"""The scripts that measure what docs/performance.md shows: they run, and what they count is what is computed."""
+"""The script that measures what docs/performance.md shows: it runs, and what it counts is what is computed."""
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import loss
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_benchmark_compares_the_same_training(slow, monkeypatch, capsys):
@@ -118,13 +115,3 @@ def test_gradients_of_the_head_in_bf16_have_no_bias(n_tokens, n_words, hidden_si
             relative = error.norm() / right.norm()
             print(f"{n_tiles} tiles, gradient of {name}: signed {along:.1e}, mean {mean:.1e}, relative {relative:.1e}")
             assert abs(along) < 3e-4 and abs(mean) < 3e-4 and relative < 5e-3
-
-
-def test_study_of_the_order(slow):
-    """Grouped steps must share more: fewer tokens a pair."""
-    words = ["--seeds", "1", "--rates", "2e-4", "--flips", "0.25", "--max_steps", "2", "--max_eval_samples", "20"]
-    command = [sys.executable, "tests/study_order.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| 0.25")]
-    tokens = {row[2].strip(): float(row[-2]) for row in rows}
-    assert tokens["grouped"] < 0.6 * tokens["spread"], done.stderr
