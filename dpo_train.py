@@ -974,7 +974,7 @@ class Log:
             try:
                 self.say("\n".join(["", *write_results(self.path.parent)]))
             except PlotError as error:
-                self.say(f"warning: no report ({error})")
+                self.say(f"warning: no report: {error}")
 
 
 class StopSignals:
