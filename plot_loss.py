@@ -105,9 +105,9 @@ def parse(text: str) -> dict[str, Any]:
 
 def read_run(path: Path) -> Run:
     """Read the log of a run (folder or file). Raises PlotError if there is none, or nothing in it to draw."""
-    states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda state: (len(str(state)), state))
-    logs = [path, path / "metrics.jsonl", path / "trainer_state.json", *reversed(states)]
     with named(path):
+        states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda state: (len(str(state)), state))
+        logs = [path, path / "metrics.jsonl", path / "trainer_state.json", *reversed(states)]
         log = next((log for log in logs if log.is_file()), None)
         if log is None:
             raise PlotError(f"{path}: neither a log nor a folder with metrics.jsonl or trainer_state.json")
