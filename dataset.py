@@ -6,15 +6,16 @@ row and splits by prompt; `StepBatches` has the pairs of each step; `TreeCollato
 which each prompt stands once and each distinct response once.
 """
 
+import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +23,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -35,6 +37,11 @@ class UserError(Exception):
 
 class Unusable(UserError):
     """A row that can't train. The message is the cause under which it is counted."""
+
+
+def refuse_if(condition: Any, cause: str) -> None:
+    if condition:
+        raise Unusable(cause)
 
 
 def first_line(error: Exception | str) -> str:
@@ -53,26 +60,27 @@ JSON = "(json)"  # the column of unparsed rows
 def load_rows(name: str, split: str = "train", flag: str = "--dataset_name") -> Dataset:
     """The raw rows of a hub data set, a local folder (as `git clone` leaves it) or a .parquet, .json or .jsonl file.
 
-    What was read, and which files were left out, stands in `info.description` of the result.
+    `info.description` of the result says what was read and which files were left out. Raises UserError, which begins
+    with `flag`, if there is nothing to read.
     """
     path = Path(name).expanduser()
     is_local = path.exists() or name.startswith((".", "/", "~")) or path.suffix in FILES or name.count("/") > 1
     try:
         if is_local:
-            files, description = choose_files(path, split)
+            files, source = choose_files(path, split)
             rows = read_files(files)
         else:
-            rows, description = datasets.load_dataset(name, split=split), f"{name}, split {split}"
+            rows, source = datasets.load_dataset(name, split=split), f"{name}, split {split}"
     except Exception as error:  # the library raises a dozen types here; each means that these rows can't be read
         while error.__cause__:  # "An error occurred while generating the dataset" says nothing
             error = error.__cause__
-        if isinstance(error, UserError):
-            raise error from None
-        text = f"--dataset_name {name}, split {split}, can't be loaded ({type(error).__name__}: {first_line(error)})"
-        if not is_local and not isinstance(error, PermissionError):
+        text = str(error)
+        if not isinstance(error, UserError):
+            text = f"split {split} can't be loaded ({type(error).__name__}: {first_line(error)})"
+        if not is_local:
             text += ": HF_ENDPOINT sets a mirror of the hub; a file or folder can be given, too; `--demo` needs neither"
-        raise UserError(text) from None
-    rows.info.description = description
+        raise UserError(f"{flag} {name}: {text}") from None
+    rows.info.description = source
     return rows
 
 
@@ -82,22 +90,19 @@ def choose_files(path: Path, split: str) -> tuple[list[Path], str]:
     Of a folder, all files of the three kinds are read whose names do not say another split.
     """
     if not path.exists():
-        raise UserError(f"--dataset_name {path}: there is no such file or folder")
+        raise UserError("there is no such file or folder")
     if path.is_file():
         if path.suffix not in FILES or split != "train":
-            raise UserError(f"{path}: a single file must end in .parquet, .json or .jsonl and has no split but train")
+            raise UserError("a single file must end in .parquet, .json or .jsonl and has no split but train")
         return [path], path.name
-    chosen, left_out = [], []
-    for name in sorted(glob.glob("**/*.*", root_dir=path, recursive=True)):  # hidden files are not among them
-        file = path / name
-        if file.is_file() and file.suffix in FILES and file.name not in NO_ROWS and split_of(name) == split:
-            chosen.append(name)
-        elif file.is_file() and file.suffix != ".md":
-            left_out.append(name)
-    without = f"; not read: {shorten(', '.join(left_out), 200)}" if left_out else ""
+    names = sorted(glob.glob("**/*.*", root_dir=path, recursive=True))  # hidden files are not among them
+    names = [name for name in names if (path / name).is_file() and not name.endswith(".md")]
+    chosen = [name for name in names if name.endswith(FILES) and not name.endswith(NO_ROWS) and split_of(name) == split]
+    left_out = ", ".join(name for name in names if name not in chosen)
+    not_read = f"; not read: {shorten(left_out, 200)}" if left_out else ""
     if not chosen:
-        raise UserError(f"--dataset_name {path}: no .parquet, .json or .jsonl file of split {split} is in it{without}")
-    return [path / name for name in chosen], shorten(", ".join(chosen), 200) + without
+        raise UserError(f"no .parquet, .json or .jsonl file of split {split} is in it{not_read}")
+    return [path / name for name in chosen], shorten(", ".join(chosen), 200) + not_read
 
 
 def split_of(name: str) -> str:
@@ -119,23 +124,24 @@ def read_files(files: list[Path]) -> Dataset:
 
     Rows of json are one binary column, not parsed yet: Arrow would refuse a whole file for one row of other types.
     """
+    json_files, tables = [], []
     for file in files:
         with file.open("rb") as opened:
             if opened.read(19) == b"version https://git":
-                raise UserError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its clone")
-    json_files = [file for file in files if file.suffix != ".parquet"]
-    parquet_files = [glob.escape(str(file)) for file in files if file.suffix == ".parquet"]
-    tables = [datasets.load_dataset("parquet", data_files=[file], split="train") for file in parquet_files]
+                raise UserError(f"{file.name} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
+        if file.suffix == ".parquet":
+            tables.append(datasets.load_dataset("parquet", data_files=[glob.escape(str(file))], split="train"))
+        else:
+            json_files.append((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns))
     if json_files:
-        # Size and time of change, too, because datasets keeps the rows under the arguments.
-        versions = tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in json_files)
-        features = datasets.Features({JSON: datasets.Value("large_binary")})
-        tables.insert(0, Dataset.from_generator(json_rows, features=features, gen_kwargs={"versions": versions}))
+        # datasets keeps rows by the arguments: with size and time of change, a file that was changed is read again.
+        features, arguments = datasets.Features({JSON: datasets.Value("large_binary")}), {"files": tuple(json_files)}
+        tables.insert(0, Dataset.from_generator(json_rows, features=features, gen_kwargs=arguments))
     return datasets.concatenate_datasets(tables)
 
 
-def json_rows(versions: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, bytes]]:
-    for path, _, _ in versions:
+def json_rows(files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, bytes]]:
+    for path, _, _ in files:
         # Broken bytes become surrogates, which cost their row, not the file.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             is_array = file.read(4096).lstrip().startswith("[")
@@ -143,7 +149,7 @@ def json_rows(versions: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, by
             try:
                 lines = map(json.dumps, json.load(file)) if is_array else filter(str.strip, file)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
+                raise UserError(f"{Path(path).name} is not valid JSON: {first_line(error)}") from None
             for line in lines:
                 yield {JSON: line.encode("utf-8", "surrogateescape")}
 
@@ -176,111 +182,89 @@ def read_triple(row: Any) -> Triple:
     The prompt is `prompt` or `conversations`, as text or as messages, and the turns with which both `chosen` and
     `rejected` begin. Nothing is guessed: raises Unusable, with the cause, for a row that says anything else.
     """
-    if isinstance(row, dict) and row.get(JSON) is not None:
-        try:
-            row = json.loads(row[JSON].decode("utf-8", "surrogateescape"))
-        except (ValueError, RecursionError):
-            raise Unusable("not valid JSON") from None
-    if not isinstance(row, dict):
-        raise Unusable("row is not an object")
+    try:
+        if isinstance(row, dict) and row.get(JSON) is not None:
+            row = json.loads(row[JSON].decode())
+        json.dumps(row, ensure_ascii=False, default=str).encode()  # raises for half a character, as "\ud800" is
+    except (ValueError, RecursionError):
+        raise Unusable("not valid JSON or Unicode") from None
+    refuse_if(not isinstance(row, dict), "row is not an object")
     refuse_unsupported(row)
     given = [name for name in ("prompt", "conversations") if has_content(row.get(name))]
-    if len(given) == 2:
-        raise Unusable("prompt and conversations: which is the prompt?")
+    refuse_if(len(given) == 2, "prompt and conversations: which is the prompt?")
     prompt = read_messages(row[given[0]], given[0]) if given else []
     chosen, rejected = (read_messages(row.get(name), name) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise Unusable("chosen equals rejected")
-    system = read_text(row.get("system") or "", "system")
-    domain = "" if row.get("domain") is None else read_text(str(row["domain"]), "domain")
+    refuse_if(chosen == rejected, "chosen equals rejected")
 
     # Where one side only continues the other, nothing is shared: neither is a response.
     n_shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-    prompt = join(system, prompt, chosen[:n_shared])
-    if not prompt:
-        columns = sorted(name for name in row if has_content(row[name]))
-        raise Unusable(f"no prompt; columns: {', '.join(columns)}"[:200])
-    if any(not turn["content"].strip() for turn in prompt if turn["role"] != "system"):
-        raise Unusable("prompt: empty")
-    if prompt[-1]["role"] != "user":
-        raise Unusable("prompt: does not end with a user turn")
-    if any([turn["role"] for turn in side[n_shared:]] != ["assistant"] for side in (chosen, rejected)):
-        raise Unusable("response: not one assistant turn")
+    prompt = join(row.get("system") or "", prompt, chosen[:n_shared])
+    refuse_if(not prompt, f"no prompt; columns: {', '.join(sorted(row))}"[:200])
+    refuse_if(any(not turn["content"].strip() for turn in prompt if turn["role"] != "system"), "prompt: empty")
+    refuse_if(prompt[-1]["role"] != "user", "prompt: does not end with a user turn")
+    for side in (chosen, rejected):
+        refuse_if([turn["role"] for turn in side[n_shared:]] != ["assistant"], "response: not one assistant turn")
     chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
 
     if given == ["prompt"] and all(isinstance(row[name], str) for name in ("prompt", "chosen", "rejected")):
-        if system:
-            raise Unusable("system beside a prompt of plain text: make messages of them")
+        refuse_if(len(prompt) > 1, "system beside a prompt of plain text: make messages of them")
         prompt = prompt[0]["content"]
         if chosen.startswith(prompt) and rejected.startswith(prompt):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
             # "Hello" and "Hello! I am ..." is a greeting; a prompt that is repeated is set apart from the response.
-            if not prompt[-1].isspace() and prompt[-1] not in ":：" and not (chosen[:1] + rejected[:1]).isspace():
-                raise Unusable("chosen and rejected begin with the prompt: repeated, or part of the responses?")
-    if not chosen.strip() or not rejected.strip():
-        raise Unusable("response: empty")
-    return Triple(prompt, chosen, rejected, domain)
+            is_apart = prompt[-1].isspace() or prompt[-1] in ":：" or (chosen[:1] + rejected[:1]).isspace()
+            refuse_if(not is_apart, "chosen and rejected begin with the prompt: repeated, or part of the responses?")
+    refuse_if(not chosen.strip() or not rejected.strip(), "response: empty")
+    return Triple(prompt, chosen, rejected, "" if row.get("domain") is None else str(row["domain"]))
 
 
-def join(system: str, prompt: list[Message], shared: list[Message]) -> list[Message]:
+def join(system: Any, prompt: list[Message], shared: list[Message]) -> list[Message]:
     """The system turn, the prompt, and the turns with which both sides begin, none of them twice."""
+    refuse_if(not isinstance(system, str), "system: wrong type")
     systems = [{"role": "system", "content": system}] if system else []
     for turns in (prompt, shared):
         if turns and turns[0]["role"] == "system":
             systems.append(turns.pop(0))
-    if any(one != systems[0] for one in systems):
-        raise Unusable("system: two that differ")
+    refuse_if(any(one != systems[0] for one in systems), "system: two that differ")
     # The longest end of the prompt with which the sides begin: mostly all of it, or nothing.
     n_repeated = next(n for n in range(len(prompt), -1, -1) if prompt[len(prompt) - n :] == shared[:n])
-    if n_repeated == 0 and prompt and shared and prompt[-1]["role"] == shared[0]["role"]:
-        raise Unusable("prompt: chosen and rejected begin with another one")
+    is_other = n_repeated == 0 and prompt and shared and prompt[-1]["role"] == shared[0]["role"]
+    refuse_if(is_other, "prompt: chosen and rejected begin with another one")
     return systems[:1] + prompt + shared[n_repeated:]
 
 
-def read_messages(value: Any, name: str) -> list[Message]:
-    """Turns of any of the usual spellings; a text alone is one turn, the user's or the assistant's."""
-    if value is None:
-        raise Unusable(f"{name}: missing")
-    if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
-        raise Unusable(f"{name}: messages written as one string")
-    if isinstance(value, str) and name != "conversations":
-        value = {"role": "user" if name == "prompt" else "assistant", "content": value}
+def read_messages(value: Any, column: str) -> list[Message]:
+    """Turns in a list, a turn alone, or its text alone, which is the user's or the assistant's."""
+    refuse_if(value is None, f"{column}: missing")
+    if isinstance(value, str):
+        refuse_if(MESSAGES_AS_TEXT.match(value), f"{column}: messages written as one string")
+        refuse_if(column == "conversations", f"{column}: wrong type")
+        value = {"role": "user" if column == "prompt" else "assistant", "content": value}
     turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Unusable(f"{name}: wrong type")
-    messages = []
-    for turn in turns:
-        refuse_unsupported(turn)
-        role = turn.get("from") or turn.get("role")
-        content = turn.get("content") if turn.get("value") is None else turn["value"]
-        if str(role).lower() not in ROLES:
-            raise Unusable(f"{name}: unknown role {read_text(str(role), name)[:40]}")
-        if isinstance(content, list):
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                raise Unusable(f"{name}: parts that are not text")
-            content = "".join(read_text(part.get("text"), name) for part in content)
-        messages.append({"role": ROLES[role.lower()], "content": read_text(content, name)})
-    return messages
+    refuse_if(not isinstance(turns, list), f"{column}: wrong type")
+    return [read_turn(turn, column) for turn in turns]
 
 
-def read_text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise Unusable(f"{name}: wrong type")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate, or bytes that were no UTF-8
-        raise Unusable(f"{name}: not valid Unicode") from None
-    return value
+def read_turn(turn: Any, column: str) -> Message:
+    refuse_if(not isinstance(turn, dict), f"{column}: wrong type")
+    refuse_unsupported(turn)
+    role = str(turn.get("from") or turn.get("role"))
+    refuse_if(role.lower() not in ROLES, f"{column}: unknown role {role[:40]}")
+    content = turn.get("content") if turn.get("value") is None else turn["value"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
+        refuse_if(not isinstance(part, dict) or part.get("type") != "text", f"{column}: parts that are not text")
+        refuse_if(not isinstance(part.get("text"), str), f"{column}: wrong type")
+    return {"role": ROLES[role.lower()], "content": "".join(part["text"] for part in parts)}
 
 
 def refuse_unsupported(fields: dict) -> None:
     for name in NOT_SUPPORTED:
-        if has_content(fields.get(name)):
-            raise Unusable(f"{name}: not supported")
+        refuse_if(has_content(fields.get(name)), f"{name}: not supported")
 
 
 def has_content(value: Any) -> bool:
-    """Parquet gives each row all columns, and each object all fields: most are empty."""
+    """Whether a value says anything: parquet gives each row all columns and each object all fields, mostly empty."""
     if isinstance(value, dict | list):
         return any(map(has_content, value.values() if isinstance(value, dict) else value))
     return value not in (None, "", "[]", "{}")
@@ -290,6 +274,10 @@ def has_content(value: Any) -> bool:
 # Triples to tokens
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+ENCODED = pa.schema(
+    {name: pa.list_(pa.int32()) for name in IDS}
+    | {"digest": pa.int64(), "truncated": pa.bool_(), "is_plain": pa.bool_(), "cause": pa.string()}
+)
 
 
 class Encoder:
@@ -302,108 +290,77 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.end_of_turn_id = end_of_turn_id(tokenizer)
-        self.plain_end_id = self.end_of_turn_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        ends = [re.escape(tokenizer.decode([token])) for token in (self.end_of_turn_id, self.plain_end_id)]
+        end_of_turn, eos = end_of_turn_id(tokenizer), tokenizer.eos_token_id
+        self.end_ids = {False: end_of_turn, True: end_of_turn if eos is None else eos}  # True: of plain text
+        ends = [re.escape(tokenizer.decode([token])) for token in self.end_ids.values()]
         self.end_of_text = re.compile(rf"({'|'.join(ends)})\s*\Z")
-        self.specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.bos_ids = [tokenizer.bos_token_id] if begins_with_bos else []
-        # Tokenizers of Llama 2's kind write a space in front of every text, but none after a line break. For these, a
-        # line break is put in front of each response, and its tokens are taken off again.
-        joined, line_break_ids, text_ids = tokenizer(["\n天", "\n", "天"], add_special_tokens=False)["input_ids"]
-        writes_space = joined != line_break_ids + text_ids
-        self.front, self.front_ids = ("\n", line_break_ids) if writes_space else ("", [])
 
-    def encode(self, triples: Sequence[Triple]) -> list[dict]:
-        """Of each triple its tokens, whether they were cut, and as `cause` why there are none, if so.
+    def encode_rows(self, table: pa.Table) -> pa.Table:
+        """The columns of ENCODED; a row that can't train has a cause and no tokens."""
+        encoded = []
+        for row in table.to_pylist():
+            try:
+                encoded.append(self.encode(read_triple(row)) | {"cause": ""})
+            except Unusable as cause:
+                encoded.append({"digest": 0, "truncated": False, "is_plain": False, "cause": str(cause)})
+        return pa.Table.from_pylist(encoded, schema=ENCODED)
+
+    def encode(self, triple: Triple) -> dict[str, Any]:
+        """The tokens of a triple and a digest of them, whether they were cut, and whether it is plain text.
 
         A pair of over `max_length` tokens is cut by one rule: the prompt keeps its last
         max(max_length / 2, max_length - longer response) tokens, each response its first tokens in the room that is
         left. A response that was cut has no end-of-turn.
         """
-        rendered = [attempt(self._render, triple) for triple in triples]
-        texts = list({text for row, _ in rendered if row for text in row})
-        found = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # in one call: it is fast
-        ids = dict(zip(texts, found, strict=True))
-        encoded = []
-        for triple, (row, cause) in zip(triples, rendered, strict=True):
-            pair = None
-            if row:
-                pair, cause = attempt(self._cut, isinstance(triple.prompt, str), *(ids[text] for text in row))
-            pair = pair or {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "truncated": False}
-            encoded.append(pair | {"cause": cause})
-        return encoded
+        prompt, *responses = (tokenize(self.tokenizer, text) for text in self.render(triple))
+        is_plain = isinstance(triple.prompt, str)
+        prompt = self.bos_ids + prompt if is_plain else prompt
+        refuse_if(not prompt, "prompt: empty")
+        end_id = self.end_ids[is_plain]
+        # What a template writes after its end-of-turn ("\n") belongs to the next turn.
+        responses = [[*takewhile(lambda token: token != end_id, ids), end_id] for ids in responses]
+        longest = max(map(len, responses))
+        n_prompt = min(len(prompt), max(self.max_length // 2, self.max_length - longest))
+        n_response = self.max_length - n_prompt
+        truncated = n_prompt < len(prompt) or n_response < longest
+        ids = [prompt[len(prompt) - n_prompt :], *(response[:n_response] for response in responses)]
+        refuse_if(ids[1] == ids[2], f"chosen equals rejected{' after truncation' if truncated else ''}, as tokens")
+        digest = hash64(b"|".join(np.array(part, dtype=np.int32).tobytes() for part in ids))
+        return dict(zip(IDS, ids, strict=True), digest=digest, truncated=truncated, is_plain=is_plain)
 
-    def encode_rows(self, table: pa.Table) -> pa.Table:
-        """Columns of rows that `read_triple` can read."""
-        encoded = self.encode([read_triple(row) for row in table.to_pylist()])
-        for row in encoded:
-            row |= {name: np.asarray(row[name], dtype=np.int32) for name in IDS}
-            row["digest"] = hash64(b"|".join(row[name].tobytes() for name in IDS))
-        return pa.Table.from_pylist(encoded)
-
-    def _render(self, triple: Triple) -> list[str]:
-        """The prompt and the two responses as they are tokenized, by the chat template unless they are plain text."""
+    def render(self, triple: Triple) -> list[str]:
+        """The prompt and the two responses as they are tokenized: by the chat template, unless they are plain text."""
         # Encoding adds the model's own end-of-turn or eos; where a response brings one along, it is taken off.
         responses = [self.end_of_text.sub("", text) for text in (triple.chosen, triple.rejected)]
-        is_plain_text = isinstance(triple.prompt, str)
-        given = [triple.prompt] if is_plain_text else [turn["content"] for turn in triple.prompt]
-        if any(special in text for text in (*given, *responses) for special in self.specials):
-            raise Unusable("contains a special token (text to which a template was applied already?)")
-        if not all(response.strip() for response in responses):
-            raise Unusable("response: empty")
-        if responses[0] == responses[1]:
-            raise Unusable("chosen equals rejected")
-        if is_plain_text:
-            return [triple.prompt, *(self.front + response for response in responses)]
+        is_plain = isinstance(triple.prompt, str)
+        contents = [triple.prompt] if is_plain else [turn["content"] for turn in triple.prompt]
+        is_templated = any(special in text for text in (*contents, *responses) for special in self.special_tokens)
+        refuse_if(is_templated, "contains a special token (text to which a template was applied already?)")
+        refuse_if(not all(response.strip() for response in responses), "response: empty")
+        if is_plain:
+            return [triple.prompt, *responses]
 
-        if not self.tokenizer.chat_template:
-            raise Unusable("the tokenizer has no chat template, which messages need")
-        start = apply_template(self.tokenizer, triple.prompt, add_generation_prompt=True)
+        refuse_if(not self.tokenizer.chat_template, "the tokenizer has no chat template, which messages need")
+        prompt = apply_template(self.tokenizer, triple.prompt, add_generation_prompt=True)
         # White space around a text is the template's to trim. An earlier answer may lose its thoughts, as it does when
         # the model is used.
-        if any(turn["content"].strip() not in start for turn in triple.prompt if turn["role"] != "assistant"):
-            raise Unusable("the chat template removes part of the prompt")
-        rendered = [start]
+        is_whole = all(turn["content"].strip() in prompt for turn in triple.prompt if turn["role"] != "assistant")
+        refuse_if(not is_whole, "the chat template removes part of the prompt")
+        texts = [prompt]
         for response in responses:
-            whole = apply_template(self.tokenizer, [*triple.prompt, {"role": "assistant", "content": response}])
-            if not whole.startswith(start):
-                raise Unusable("the chat template changes the prompt once it is answered")
-            if response.strip() not in whole[len(start) :]:
-                raise Unusable("the chat template removes part of the response")
-            rendered.append(self.front + whole[len(start) :])
-        if rendered[1] == rendered[2]:
-            raise Unusable("the chat template makes chosen and rejected equal")
-        return rendered
-
-    def _cut(self, is_plain_text: bool, prompt_ids: list[int], *responses: list[int]) -> dict:
-        n_front = len(self.front_ids)
-        if any(ids[:n_front] != self.front_ids for ids in responses):
-            raise Unusable("the tokenizer merges the response with the line break before it")
-        prompt_ids = self.bos_ids + prompt_ids if is_plain_text else prompt_ids
-        end = self.plain_end_id if is_plain_text else self.end_of_turn_id
-        # What a template writes after its end-of-turn ("\n") belongs to the next turn.
-        responses = [[*takewhile(lambda token: token != end, ids[n_front:]), end] for ids in responses]
-        longest = max(map(len, responses))
-        n_prompt = min(len(prompt_ids), max(self.max_length // 2, self.max_length - longest))
-        chosen_ids, rejected_ids = (ids[: self.max_length - n_prompt] for ids in responses)
-        if chosen_ids == rejected_ids:
-            raise Unusable("chosen equals rejected after truncation")
-        return {
-            "prompt_ids": prompt_ids[len(prompt_ids) - n_prompt :],
-            "chosen_ids": chosen_ids,
-            "rejected_ids": rejected_ids,
-            "truncated": n_prompt < len(prompt_ids) or longest > self.max_length - n_prompt,
-        }
+            answered = apply_template(self.tokenizer, [*triple.prompt, {"role": "assistant", "content": response}])
+            refuse_if(not answered.startswith(prompt), "the chat template changes the prompt once it is answered")
+            texts.append(answered.removeprefix(prompt))
+            refuse_if(response.strip() not in texts[-1], "the chat template removes part of the response")
+        return texts
 
 
-def attempt(function: Callable, *args) -> tuple[Any, str]:
-    """What the function returns and "", or None and the cause for which it found a row unusable."""
-    try:
-        return function(*args), ""
-    except Unusable as cause:
-        return None, str(cause)
+@functools.lru_cache(maxsize=1000)  # rows of a prompt stand together, and share responses
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt=False) -> str:
@@ -424,39 +381,37 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
         _, found, after = apply_template(tokenizer, turns).rpartition("answer")
         if not found:
             raise UserError("the chat template writes no answer that is a text: is it for images?")
-        added = tokenizer.added_tokens_decoder
-        for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
-            if token in added and added[token].special:
+        special_ids = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        for token in tokenize(tokenizer, after):
+            if token in special_ids:
                 return token
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has neither a chat template with an end-of-turn token nor an eos token")
     return tokenizer.eos_token_id
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
-    """Raises UserError if texts don't come back from their tokens, as when transformers loads it as another kind.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Raises UserError if texts that stand behind a line break don't come back from their tokens.
 
-    White space may change its kind, and a rare character may be missing: a quarter of the texts may differ.
+    Transformers may load a tokenizer as another kind; and tokenizers of Llama 2's kind write a space in front of every
+    text, so of each response. Characters may change their width, and a rare one may be missing: a quarter of the texts
+    may differ.
     """
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     changed = []
-    for text, back in zip(texts, tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False), strict=True):
-        if unicodedata.normalize("NFKC", text).split() != unicodedata.normalize("NFKC", back).split():
+    for text in texts:
+        ids = tokenize(tokenizer, "\n") + tokenize(tokenizer, text)
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False).removeprefix("\n")
+        if unicodedata.normalize("NFKC", back) != unicodedata.normalize("NFKC", text):
             changed.append(f"{text[:60]!r} becomes {back[:60]!r}")
     if len(changed) > len(texts) / 4:
         raise UserError(
-            f"the tokenizer ({type(tokenizer).__name__}) doesn't give texts back: {changed[0]}: is it the model's own "
-            "and complete, and does this version of transformers load it as it should?"
+            f"the tokenizer ({type(tokenizer).__name__}) doesn't give texts back: {changed[0]}: is it the model's own, "
+            "complete, and loaded as it should be? Those that write a space in front, as Llama 2's, are not supported"
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A whole data set
-
-HELD_OUT = "held out"
-LEFT_OUT = SAME_PROMPT, OTHER_DOMAIN, OVER_TRAIN, OVER_EVAL = (
-    "their prompt is held out", "not in --domains", "more than --max_train_samples", "more than --max_eval_samples",
-)  # fmt: skip
 
 
 @dataclass
@@ -474,9 +429,8 @@ class Pairs:
 
     def read(self, indices: Sequence[int]) -> list[dict]:
         """The pairs at these indices, as `TreeCollator` takes them."""
-        columns = self.tokens[[int(i) for i in indices]]
-        rows = zip(indices, *(columns[name] for name in IDS), strict=True)
-        return [dict(zip(("index", *IDS), (int(i), *ids), strict=True)) for i, *ids in rows]
+        columns = self.tokens[[int(index) for index in indices]]
+        return [{"index": int(index)} | {name: columns[name][i] for name in IDS} for i, index in enumerate(indices)]
 
 
 @dataclass
@@ -485,45 +439,23 @@ class PreparedData:
 
     train: Pairs
     held_out: Pairs
-    source: str  # what was read
-    n_rows: int  # in the source
-    left_out: dict[str, int]  # good rows that are used nowhere, by why
-    dropped: dict[str, tuple[int, int]]  # rows that can't train: cause -> (rows, the first one's number)
-    n_truncated: int
-    n_plain_text: int  # pairs to which no chat template is applied
     end_ids: list[int]  # the tokens that end the responses: one, or two where only some pairs are plain text
-
-    def counts(self) -> dict:
-        """Of rows: those to train on, held out, left out and dropped add up to `rows`."""
-        dropped = {cause: count for cause, (count, _) in self.dropped.items()}
-        used = {"rows": self.n_rows, "train": len(self.train), "held_out": len(self.held_out)}
-        return used | {"left_out": self.left_out, "dropped": dropped}
+    n_rows: int  # in the source: to train on, held out, left out and dropped
+    account: dict[str, int]  # how many "rows left out: ..." and "rows dropped: ..."; also which "pairs ..." are special
+    source: str  # what was read
 
     def summary(self) -> str:
         """What was read, and what became of each row."""
         n_prompts, n_held_out = (len(np.unique(pairs.keys)) for pairs in (self.train, self.held_out))
         text = f"{self.n_rows:,} rows: {len(self.train):,} pairs of {n_prompts:,} prompts to train on, "
         text += f"{len(self.held_out):,} held out ({n_held_out:,} other prompts)"
-        if self.n_plain_text:
-            text += f"; {self.n_plain_text:,} pairs are plain text: no chat template is applied"
-        if self.n_truncated:
-            text += f"; {self.n_truncated:,} pairs cut to max_length"
-        for reason, count in self.left_out.items():
-            text += f"; left out {count:,} rows: {reason}"
-        for cause, (count, first) in self.dropped.items():
-            text += f"; dropped {count:,} rows: {cause} (first: row {first})"
-        return text + (f"; read: {self.source}" if self.source else "")
+        return "; ".join([text, *in_words(self.account), f"read: {self.source}"])
 
 
 def prepare(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 1024,
-    max_train_samples: int | None = None,
-    max_eval_samples: int = 512,
-    domains: Sequence[str] | None = None,
-    held_out_rows: Dataset | None = None,
-) -> PreparedData:
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 1024, max_train_samples: int | None = None,
+    max_eval_samples: int = 512, domains: Sequence[str] | None = None, held_out_rows: Dataset | None = None,
+) -> PreparedData:  # fmt: skip
     """Tokenize a data set and split it by prompt.
 
     Prompts are taken in the order of their hashes: the first ones are held out, the next ones are trained on, up to
@@ -542,109 +474,112 @@ def prepare(
             rows = datasets.concatenate_datasets([rows, held_out_rows])
         except Exception as error:  # columns of the same name and of other types
             raise UserError(f"--eval_dataset_name: its columns differ from the data's ({first_line(error)})") from None
-    if not len(rows):
-        raise UserError("the data set has no rows")
 
-    # The first pass reads every row and keeps a hash of its prompt. The fate of a row is "" while it is to be trained
-    # on, then HELD_OUT, one of LEFT_OUT, or the cause why it can't train.
-    scanned = map_rows(rows, scan_rows, "Reading rows")
-    keys, row_domains, is_plain_text, fates = (column.to_numpy().copy() for column in scanned[:].columns)
-    count_dropped(fates, np.arange(len(rows)))
-    check_tokenizer(tokenizer, [read_triple(rows[int(i)]).chosen for i in np.flatnonzero(fates == "")[:20]])
-    if domains is not None:
-        there = set(row_domains[fates == ""])
-        if unknown := set(domains) - there:
-            raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {', '.join(sorted(there))}")
-        fates[(fates == "") & ~np.isin(row_domains, list(domains))] = OTHER_DOMAIN
-
-    train, held_out = split_by_prompt(keys, fates, first_given, max_train_samples, max_eval_samples)
-    used = np.concatenate([train, held_out])
-    if not len(used) or (not len(train) and max_train_samples != 0):
-        why = "; ".join(f"{count:,} x {fate}" for fate, count in Counter(fates.tolist()).most_common())
-        raise UserError(f"no row is left to train on: {why}")
+    # The first pass reads every row and keeps a hash of its prompt. `cause` says why a row can't train, "" if it can.
+    table = map_rows(rows, scan_rows, "Reading rows").to_pandas()  # columns key, domain, cause
+    refuse_if_most_are_dropped("--dataset_name", table[:first_given])
+    if held_out_rows is not None:
+        refuse_if_most_are_dropped("--eval_dataset_name", table[first_given:].reset_index())
+    good = table[table.cause == ""]
+    check_tokenizer(tokenizer, [read_triple(rows[number]).chosen for number in good.index[:20]])
+    of_domains = good[good.domain.isin(domains)] if domains else good
+    if unknown := set(domains or ()) - set(good.domain):
+        there = ", ".join(sorted(set(good.domain)))
+        raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {there}")
+    train, held_out, left_out = split_by_prompt(of_domains, first_given, max_train_samples, max_eval_samples)
+    left_out["rows left out: not in --domains"] = len(good) - len(of_domains)
+    needed = held_out if max_train_samples == 0 else train
+    if not len(needed):
+        raise UserError(f"no row is left to train on: {'; '.join(in_words(left_out))}")
 
     # The second pass tokenizes the rows that are used.
     encoder = Encoder(tokenizer, max_length)
-    tokens = map_rows(rows.select(used), encoder.encode_rows, "Tokenizing")
-    truncated, causes, digests = (tokens[:][name].to_numpy() for name in ("truncated", "cause", "digest"))
-    fates[used] = np.where(causes == "", fates[used], causes)
-    dropped = count_dropped(fates, train if len(train) else held_out)
+    used = pd.concat([train, held_out]).drop(columns="cause")
+    tokens = map_rows(rows.select(used.index), encoder.encode_rows, "Tokenizing")
+    used = used.join(tokens.remove_columns(list(IDS)).to_pandas().set_index(used.index))
+    used["place"] = range(len(used))  # in `tokens`
+    refuse_if_most_are_dropped("--dataset_name", used.loc[needed.index])
+    table.loc[used.index, "cause"] = used.cause
+    used = used[used.cause == ""]
 
-    def pairs_of(fate: str) -> Pairs:
-        places = np.flatnonzero(fates[used] == fate)
-        ids = tokens.select_columns(list(IDS)).select(places).with_format("numpy")
-        fingerprint = hashlib.blake2b(digests[places].tobytes(), digest_size=16).hexdigest()
-        return Pairs(ids, keys[used[places]], used[places], row_domains[used[places]], fingerprint)
+    def pairs_of(side: pd.DataFrame) -> Pairs:
+        pairs = used[used.index.isin(side.index)]
+        ids = tokens.select(pairs.place).select_columns(list(IDS)).with_format("numpy")
+        fingerprint = hashlib.blake2b(pairs.digest.to_numpy().tobytes(), digest_size=16).hexdigest()
+        return Pairs(ids, pairs.key.to_numpy(), pairs.index.to_numpy(), pairs.domain.to_numpy(), fingerprint)
 
-    is_plain_text = is_plain_text[used[causes == ""]]
+    account = {
+        "pairs are plain text: no chat template is applied": used.is_plain.sum(),
+        "pairs cut to max_length": used.truncated.sum(),
+    }
     return PreparedData(
-        train=pairs_of(""),
-        held_out=pairs_of(HELD_OUT),
-        source=source,
+        train=pairs_of(train),
+        held_out=pairs_of(held_out),
+        end_ids=sorted({encoder.end_ids[is_plain] for is_plain in used.is_plain}),
         n_rows=len(rows),
-        left_out={reason: n for reason in LEFT_OUT if (n := int(np.count_nonzero(fates == reason)))},
-        dropped=dropped,
-        n_truncated=int(truncated.sum()),
-        n_plain_text=int(is_plain_text.sum()),
-        end_ids=sorted({encoder.plain_end_id if plain else encoder.end_of_turn_id for plain in is_plain_text}),
+        account=account | left_out | count_dropped(table),
+        source=source,
     )
 
 
 def scan_rows(table: pa.Table) -> pa.Table:
-    """Of each row: a hash of its prompt, its domain, whether it is plain text, and why it can't be used, if so."""
+    """Of each row: a hash of its prompt, its domain, and the cause why it can't train, "" if it can."""
     scanned = []
     for row in table.to_pylist():
-        triple, cause = attempt(read_triple, row)
-        triple = triple or Triple([], "", "")
-        key = hash64(json.dumps(triple.prompt).encode())
-        scanned.append(
-            {"key": key, "domain": triple.domain, "is_plain_text": isinstance(triple.prompt, str), "cause": cause}
-        )
+        try:
+            triple = read_triple(row)
+            key = hash64(json.dumps(triple.prompt).encode())
+            scanned.append({"key": key, "domain": triple.domain, "cause": ""})
+        except Unusable as cause:
+            scanned.append({"key": 0, "domain": "", "cause": str(cause)})
     return pa.Table.from_pylist(scanned)
 
 
 def split_by_prompt(
-    keys: np.ndarray, fates: np.ndarray, first_given: int | None, max_train_samples: int | None, max_eval_samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the rows to train on and to hold out; `fates` is filled in for all that are not trained on.
+    good: pd.DataFrame, first_given: int | None, max_train_samples: int | None, max_eval_samples: int
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """The rows to train on, the rows to hold out, and how many are left out, by cause.
 
-    Rows from number `first_given` on were given to be held out.
+    Rows from number `first_given` on were given to be held out; if it is None, some are chosen.
     """
-    good = np.flatnonzero(fates == "")
-    good = good[np.argsort(keys[good], kind="stable")]  # by prompt, in the order of their hashes; then as in the source
-    if first_given is None:
-        prompts, first, prompt_of_row = np.unique(keys[good], return_index=True, return_inverse=True)
-        number_in_prompt = np.arange(len(good)) - first[prompt_of_row]
-        given = good[(prompt_of_row < len(prompts) // 10) & (number_in_prompt < 2)][:max_eval_samples]
+    good = good.sort_values("key", kind="stable")  # by prompt, in the order of their hashes; then as in the source
+    if first_given is not None:
+        chosen = good[good.index >= first_given]
     else:
-        given = good[good >= first_given]
-    fates[good[np.isin(keys[good], keys[given])]] = SAME_PROMPT
-    fates[given] = OVER_EVAL
-    held_out = given[:max_eval_samples]
-    fates[held_out] = HELD_OUT
-    train = good[fates[good] == ""]
-    if max_train_samples is not None:
-        fates[train[max_train_samples:]] = OVER_TRAIN
-    return train[:max_train_samples], held_out
+        prompts = good.groupby("key")
+        chosen = good[(prompts.ngroup() < prompts.ngroups // 10) & (prompts.cumcount() < 2)][:max_eval_samples]
+    others = good[~good.key.isin(chosen.key)]
+    train, held_out = others[:max_train_samples], chosen[:max_eval_samples]
+    left_out = {
+        "rows left out: their prompt is held out": len(good) - len(chosen) - len(others),
+        "rows left out: more than --max_train_samples": len(others) - len(train),
+        "rows left out: more than --max_eval_samples": len(chosen) - len(held_out),
+    }
+    return train, held_out, left_out
 
 
-def count_dropped(fates: np.ndarray, rows: np.ndarray) -> dict[str, tuple[int, int]]:
-    """cause -> (rows, the first one's number), the most frequent first.
+def count_dropped(table: pd.DataFrame) -> dict[str, int]:
+    """How many rows have each cause, the most frequent first, with the number of the first such row."""
+    causes = table.cause[table.cause != ""]
+    counts = causes.value_counts().items()
+    return {f"rows dropped: {cause} (first: row {causes.index[causes == cause].min()})": n for cause, n in counts}
 
-    Raises UserError if more than half of `rows` can't train: then it is the whole set that is misunderstood.
-    """
-    not_dropped = ("", HELD_OUT, *LEFT_OUT)
-    counts = [(fate, n) for fate, n in Counter(fates.tolist()).most_common() if fate not in not_dropped]
-    dropped = {cause: (n, int(np.argmax(fates == cause))) for cause, n in counts}
-    n_dropped = np.count_nonzero(~np.isin(fates[rows], not_dropped))
-    if 2 * n_dropped > len(rows):
-        causes = "; ".join(f"{n:,} x {cause} (first: row {first})" for cause, (n, first) in dropped.items())
+
+def refuse_if_most_are_dropped(flag: str, table: pd.DataFrame) -> None:
+    """Raises UserError if more than half of the rows can't train: then it is the whole set that is misunderstood."""
+    n_dropped = (table.cause != "").sum()
+    if n_dropped > len(table) / 2:
+        causes = "; ".join(in_words(count_dropped(table))[:5])
         what_is_read = "prompt (or conversations, or the first turns of both sides) + chosen + rejected"
-        raise UserError(f"{n_dropped:,} of {len(rows):,} rows can't be used: {causes}. What is read: {what_is_read}")
-    return dropped
+        text = f"{n_dropped:,} of {len(table):,} rows can't be used: {causes}. What is read: {what_is_read}"
+        raise UserError(f"{flag}: {text}")
 
 
-def map_rows(table: Dataset, function: Callable, title: str) -> Dataset:
+def in_words(counts: dict[str, int]) -> list[str]:
+    return [f"{n:,} {what}" for what, n in counts.items() if n]
+
+
+def map_rows(table: Dataset, function: Callable[[pa.Table], pa.Table], title: str) -> Dataset:
     """All rows through `function`, on all cores. datasets keeps the result, under a key made of the rows, of this
     file's text, and of the function with all that it holds, a tokenizer for instance."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
@@ -675,25 +610,28 @@ def epoch_order(keys: np.ndarray, seed: int, epoch: int, group_by_prompt: bool =
     random = np.random.default_rng([seed, epoch])
     if not group_by_prompt:
         return random.permutation(len(keys))
-    _, group = np.unique(keys, return_inverse=True)
-    place = random.permutation(int(group.max()) + 1)
-    return np.argsort(place[group], kind="stable")
+    prompts, prompt = np.unique(keys, return_inverse=True)
+    place = random.permutation(len(prompts))
+    return np.argsort(place[prompt], kind="stable")
 
 
+@dataclass
 class StepBatches:
     """Item s: this process's micro-batches of optimizer step s.
 
     A function of (seed, s), so that a resumed run and every process see the same order: to resume is to start at s.
     """
 
-    def __init__(
-        self, pairs: Pairs, collate: "TreeCollator", batch_size: int, seed: int, group_by_prompt: bool = True,
-        process: int = 0, n_processes: int = 1,
-    ):  # fmt: skip
-        self.pairs, self.collate, self.batch_size = pairs, collate, batch_size
-        self.seed, self.group_by_prompt = seed, group_by_prompt
-        self.process, self.n_processes = process, n_processes
-        self.steps_per_epoch = -(-len(pairs) // batch_size)
+    pairs: Pairs
+    collate: "TreeCollator"
+    batch_size: int  # pairs in a step, over all processes
+    seed: int
+    group_by_prompt: bool = True
+    process: int = 0
+    n_processes: int = 1
+
+    def __post_init__(self):
+        self.steps_per_epoch = math.ceil(len(self.pairs) / self.batch_size)
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> np.ndarray:
@@ -718,9 +656,6 @@ class MicroBatch:
         """The same without pairs, so that its loss is an empty sum: keeps processes in step that have no pairs left."""
         names = ("chosen_index", "rejected_index", "pair_index")
         return MicroBatch(self.tensors | {name: self.tensors[name][:0] for name in names}, self.segments)
-
-
-Tree = list[dict]  # pairs of one prompt: `index`, `prompt` and `responses`, their tokens as bytes (int64)
 
 
 @dataclass
@@ -748,100 +683,106 @@ class TreeCollator:
     [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
     `segments` has, for each prompt and each response, its (start, end) in the row and those of its prompt, a prompt's
-    own being (start, start). The tensors are explained at the end, where they are made, by their shapes: T tokens,
-    N response tokens, M distinct responses, P pairs.
+    own being (start, start). The tensors are explained in `lay_out`.
     """
 
     micro_batch_tokens: int
-    share: bool = True  # False encodes every response of every pair anew, prompt included, as other trainers do
 
     def __call__(self, pairs: Sequence[dict], n_processes: int = 1) -> list[MicroBatch]:
         """The micro-batches of these pairs, the longest first; their number is a multiple of `n_processes`.
 
         Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
-        # Trees into the fewest groups that hold them, evenly filled: the longest first, each into the emptiest group.
-        trees = sorted(self._trees(pairs), key=self._n_tokens, reverse=True)
-        n_tokens = sum(map(self._n_tokens, trees))
-        n_groups = (n_tokens - 1) // (self.micro_batch_tokens * n_processes) * n_processes
-        while True:
+        trees = [part for tree in grow_trees(pairs) for part in cut(tree, self.micro_batch_tokens)]
+        n_groups = math.ceil(sum(map(len, trees)) / (self.micro_batch_tokens * n_processes)) * n_processes
+        groups = spread(trees, n_groups)
+        while sum(map(len, groups[0])) > self.micro_batch_tokens:
             n_groups += n_processes
-            groups, totals = [[] for _ in range(n_groups)], [0] * n_groups
-            for tree in trees:
-                emptiest = totals.index(min(totals))
-                groups[emptiest].append(tree)
-                totals[emptiest] += self._n_tokens(tree)
-            if max(totals) <= self.micro_batch_tokens:
-                break
-        groups = [groups[i] for i in np.argsort(-np.array(totals), kind="stable")]
-        batches = [self._micro_batch(trees) for trees in groups if trees]
+            groups = spread(trees, n_groups)
+        batches = [lay_out(group) for group in groups if group]
         return batches + [batches[-1].filler()] * (n_groups - len(batches))
 
-    def _n_tokens(self, tree: Tree) -> int:
-        """Of the prompt and the distinct responses; where nothing is shared, the prompt counts for each response."""
-        responses = {ids for pair in tree for ids in pair["responses"]}
-        n_prompts = 1 if self.share else len(responses)
-        return (n_prompts * len(tree[0]["prompt"]) + sum(map(len, responses))) // 8
 
-    def _trees(self, pairs: Sequence[dict]) -> list[Tree]:
-        """One tree for each prompt; where it doesn't fit into a micro-batch several, each with the prompt once more."""
-        by_prompt: dict[bytes | int, Tree] = {}
-        for pair in pairs:
-            prompt, *responses = (np.asarray(pair[name], dtype=np.int64).tobytes() for name in IDS)
-            taken = {"index": pair["index"], "prompt": prompt, "responses": responses}
-            if (n_tokens := self._n_tokens([taken])) > self.micro_batch_tokens:
-                text = f"--micro_batch_tokens {self.micro_batch_tokens} is too small for a pair of {n_tokens} tokens"
-                raise UserError(text)
-            by_prompt.setdefault(prompt if self.share else pair["index"], []).append(taken)
-        trees = []
-        for left in by_prompt.values():
-            tree, there = [], set()
-            while left:
-                # The pair that adds the fewest tokens: where a tree must be cut, its parts have little in common.
-                best = min(left, key=lambda pair: sum(len(ids) for ids in pair["responses"] if ids not in there))
-                if tree and self._n_tokens([*tree, best]) > self.micro_batch_tokens:
-                    trees.append(tree)
-                    tree, there = [], set()
-                else:
-                    tree.append(best)
-                    there.update(best["responses"])
-                    left.remove(best)
-            trees.append(tree)
-        return trees
+@dataclass
+class Tree:
+    """A prompt, its distinct responses, each by its bytes, and pairs: (number of the pair, chosen, rejected)."""
 
-    def _micro_batch(self, trees: list[Tree]) -> MicroBatch:
-        tokens, positions, predictors, targets, pairs, segments = [], [], [], [], [], []
-        at = 0  # tokens in the row so far
-        for tree in trees:
-            responses = list(dict.fromkeys(ids for pair in tree for ids in pair["responses"]))
-            number = {ids: len(targets) + i for i, ids in enumerate(responses)}  # in the micro-batch
-            pairs += [(pair["index"], *(number[ids] for ids in pair["responses"])) for pair in tree]
-            prompt, *responses = (np.frombuffer(ids, dtype=np.int64) for ids in (tree[0]["prompt"], *responses))
-            for branches in [responses] if self.share else [[ids] for ids in responses]:
-                start, end = at, at + len(prompt)
-                tokens.append(prompt)
-                positions.append(np.arange(len(prompt)))
-                segments.append((start, end, start, start))
-                at = end
-                for ids in branches:
-                    tokens.append(ids)
-                    positions.append(np.arange(len(ids)) + len(prompt))
-                    segments.append((at, at + len(ids), start, end))
-                    # The prompt's last token predicts a response's first one.
-                    predictors.append(np.r_[end - 1, at : at + len(ids) - 1])
-                    targets.append(ids)
-                    at += len(ids)
-        pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
-        lengths = np.array([len(ids) for ids in targets])
-        arrays = {
-            "input_ids": np.concatenate(tokens)[None],  # [1, T]: a prompt, its responses, the next tree; no padding
-            "position_ids": np.concatenate(positions)[None],  # [1, T]: restart after the prompt for each response
-            "predictor_index": np.concatenate(predictors),  # [N]: where the state is that predicts a response token
-            "target_ids": np.concatenate(targets),  # [N]: the response tokens
-            "response_index": np.repeat(np.arange(len(lengths)), lengths),  # [N]: the response that each belongs to
-            "response_lengths": lengths,  # [M]: in tokens
-            "chosen_index": chosen_index,  # [P]: the responses of each pair
-            "rejected_index": rejected_index,  # [P]
-            "pair_index": pair_index,  # [P]: the numbers of the pairs in their `Pairs`
-        }
-        return MicroBatch({name: torch.from_numpy(array) for name, array in arrays.items()}, segments)
+    prompt: np.ndarray
+    responses: dict[bytes, np.ndarray] = field(default_factory=dict)
+    pairs: list[tuple[int, bytes, bytes]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses.values()))
+
+
+def grow_trees(pairs: Sequence[dict]) -> list[Tree]:
+    """One tree for each prompt."""
+    trees: dict[bytes, Tree] = {}
+    for pair in pairs:
+        prompt, chosen, rejected = (np.asarray(pair[name], dtype=np.int64) for name in IDS)
+        tree = trees.setdefault(prompt.tobytes(), Tree(prompt))
+        tree.responses |= {chosen.tobytes(): chosen, rejected.tobytes(): rejected}
+        tree.pairs.append((pair["index"], chosen.tobytes(), rejected.tobytes()))
+    return list(trees.values())
+
+
+def cut(tree: Tree, most_tokens: int) -> list[Tree]:
+    """The same pairs in trees of at most `most_tokens`, each with the prompt; where there are several, they have little
+    in common, because a tree goes on with the pair that adds the fewest tokens."""
+    parts, left = [Tree(tree.prompt)], tree.pairs.copy()
+    while left:
+        part = parts[-1]
+        added = [sum(len(tree.responses[key]) for key in pair[1:] if key not in part.responses) for pair in left]
+        n_tokens = len(part) + min(added)
+        if n_tokens <= most_tokens:
+            pair = left.pop(added.index(min(added)))
+            part.pairs.append(pair)
+            part.responses |= {key: tree.responses[key] for key in pair[1:]}
+        elif part.pairs:
+            parts.append(Tree(tree.prompt))
+        else:
+            raise UserError(f"--micro_batch_tokens {most_tokens} is too small for a pair of {n_tokens} tokens")
+    return parts
+
+
+def spread(trees: list[Tree], n_groups: int) -> list[list[Tree]]:
+    """Trees in evenly filled groups, the fullest first: the longest tree goes first, each to the emptiest group."""
+    groups, totals = [[] for _ in range(n_groups)], [0] * n_groups
+    for tree in sorted(trees, key=len, reverse=True):
+        emptiest = totals.index(min(totals))
+        groups[emptiest].append(tree)
+        totals[emptiest] += len(tree)
+    return [groups[i] for i in np.argsort(-np.array(totals), kind="stable")]
+
+
+def lay_out(trees: list[Tree]) -> MicroBatch:
+    """Trees end to end in one row of T tokens, N of them in M responses, for P pairs; nothing is padded."""
+    texts, segments, pairs, n_responses = [], [], [], 0
+    for tree in trees:
+        start = segments[-1][1] if segments else 0
+        end = start + len(tree.prompt)
+        segments.append((start, end, start, start))
+        for response in tree.responses.values():
+            segments.append((segments[-1][1], segments[-1][1] + len(response), start, end))
+        texts += [tree.prompt, *tree.responses.values()]
+        number = {key: n_responses + i for i, key in enumerate(tree.responses)}
+        pairs += [(index, number[chosen], number[rejected]) for index, chosen, rejected in tree.pairs]
+        n_responses += len(number)
+    input_ids = np.concatenate(texts)
+    responses = [segment for segment in segments if segment[2] < segment[3]]
+    lengths = np.array([end - start for start, end, _, _ in responses])
+    pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
+    arrays = {
+        "input_ids": input_ids[None],  # [1, T]: a prompt, its responses, the next tree
+        # [1, T]: restart after the prompt for each response
+        "position_ids": np.concatenate([np.arange(end - start) + b - a for start, end, a, b in segments])[None],
+        # [N]: where the state is that predicts a response token: for the first one, the prompt's last
+        "predictor_index": np.concatenate([np.r_[b - 1, start : end - 1] for start, end, _, b in responses]),
+        "target_ids": np.concatenate([input_ids[start:end] for start, end, _, _ in responses]),  # [N]
+        "response_index": np.repeat(np.arange(n_responses), lengths),  # [N]: the response that each belongs to
+        "response_lengths": lengths,  # [M]: in tokens
+        "chosen_index": chosen_index,  # [P]: the responses of each pair
+        "rejected_index": rejected_index,  # [P]
+        "pair_index": pair_index,  # [P]: the numbers of the pairs in their `Pairs`
+    }
+    return MicroBatch({name: torch.from_numpy(array) for name, array in arrays.items()}, segments)

@@ -113,16 +113,13 @@ def emulated_varlen_attn(query, key, value, query_ends, key_ends, max_q, max_k, 
 
 
 @pytest.mark.parametrize("attend", [attend_by_segment, attend_at_once])
-@pytest.mark.parametrize(
-    "collate, n_processes",
-    [(TreeCollator(10_000), 1), (TreeCollator(64), 1), (TreeCollator(40), 3), (TreeCollator(10_000), 7),
-     (TreeCollator(10_000, share=False), 1), (TreeCollator(100, share=False), 2)],
-)  # fmt: skip
-def test_a_step_cut_in_any_way_equals_separate_rows(two_models, monkeypatch, collate, n_processes, attend):
+@pytest.mark.parametrize("micro_batch_tokens, n_processes", [(10_000, 1), (64, 1), (40, 3), (10_000, 7)])
+def test_a_step_cut_in_any_way_equals_separate_rows(two_models, monkeypatch, micro_batch_tokens, n_processes, attend):
     """In float32; `attend_at_once` with the GPU's kernel emulated. With seven processes there are fillers."""
     monkeypatch.setattr(loss, "varlen_attn", emulated_varlen_attn)
     *models, expected = two_models
-    assert error(step_by_trees(*models, PAIRS, collate, n_processes, attend), expected) < 1e-5
+    ours = step_by_trees(*models, PAIRS, TreeCollator(micro_batch_tokens), n_processes, attend)
+    assert error(ours, expected) < 1e-5
 
 
 def causal_over_the_row(batch):
@@ -202,13 +199,11 @@ def test_micro_batches_keep_to_the_budget_lose_nothing_and_pad_nothing(budget):
 
 def test_each_prompt_and_response_is_encoded_once():
     pairs = make_pairs(12, seed=3)
-    (shared,), (unshared,) = TreeCollator(100_000)(pairs), TreeCollator(100_000, share=False)(pairs)
+    (batch,) = TreeCollator(100_000)(pairs)
     prompts = {tuple(pair["prompt_ids"]) for pair in pairs}
     distinct = {(tuple(pair["prompt_ids"]), tuple(pair[name])) for pair in pairs for name in SIDES}
     n_tokens = sum(map(len, prompts)) + sum(len(response) for _, response in distinct)
-    assert shared.tensors["input_ids"].numel() == n_tokens
-    n_tokens = sum(len(pair["prompt_ids"]) + len(pair[name]) for pair in pairs for name in SIDES)
-    assert unshared.tensors["input_ids"].numel() == n_tokens
+    assert batch.tensors["input_ids"].numel() == n_tokens
 
 
 def test_a_tree_is_cut_only_if_it_must_be_and_where_little_is_shared():
