@@ -69,13 +69,3 @@ def test_arithmetic_is_what_is_computed():
     n_tokens, n_scored = (batch.tensors[name].numel() for name in ("input_ids", "target_ids"))
     once_more = 2 * model.get_output_embeddings().weight.numel() * n_scored
     assert counted == benchmark.arithmetic(model, n_tokens, n_scored, 0, passes=3) + once_more
-
-
-def test_study_of_the_order(slow):
-    """Grouped steps must share more: fewer tokens a pair."""
-    words = ["--seeds", "1", "--rates", "2e-4", "--flips", "0.25", "--max_steps", "2", "--max_eval_samples", "20"]
-    command = [sys.executable, "tests/study_order.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| 0.25")]
-    tokens = {row[2].strip(): float(row[-2]) for row in rows}
-    assert tokens["grouped"] < 0.6 * tokens["spread"], done.stderr
