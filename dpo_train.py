@@ -122,7 +122,7 @@ class Flags:
     max_grad_norm: Annotated[float, at_least(0)] = flag(1.0, "gradients are clipped to this norm; 0: not clipped")
     num_train_epochs: Annotated[float, above(0)] = flag(1.0, "passes over the pairs")
     max_steps: Annotated[int, at_least(-1)] = flag(-1, "stop after this many steps; overrides the epochs if above 0")
-    seed: Annotated[int, at_least(0)] = flag(42, "of the order of the pairs")
+    seed: Annotated[int, from_0_to_below(2**32)] = flag(42, "of the order of the pairs")
     # computing
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
@@ -174,6 +174,8 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         parser.set_defaults(**DEMO)
     flags = Flags(**vars(parser.parse_args(argv)))
     for name in PATHS:
+        if getattr(flags, name) == "":
+            raise UserError(f"--{name} is empty")
         setattr(flags, name, getattr(flags, name) and os.path.expanduser(getattr(flags, name)))
     for name, hint in get_type_hints(Flags, include_extras=True).items():
         for holds, rule in getattr(hint, "__metadata__", ()):
@@ -195,6 +197,8 @@ def refuse_what_does_not_fit_together(flags: Flags) -> None:
          f"must be at least {least}, twice --max_length: a pair's two responses stay together"),
         ("eval_only", flags.eval_only and not (flags.ref_model_name_or_path and flags.max_eval_samples),
          "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0"),
+        ("eval_dataset_name", flags.eval_dataset_name and not flags.max_eval_samples,
+         "needs --max_eval_samples above 0"),
         ("resume_from_checkpoint", resumes and flags.eval_only, "--eval_only trains nothing"),
         ("precompute_ref_log_probs", flags.precompute_ref_log_probs and flags.eval_only, "--eval_only needs no table"),
         ("resume_from_checkpoint", resumes == "latest" and not flags.output_dir, "needs --output_dir"),
@@ -303,6 +307,14 @@ class Compute(NamedTuple):
 # The check of a model before it trains
 
 
+def probe_pair(pairs: Pairs, length: int) -> dict:
+    """A pair of `length` tokens: the first one, its responses cut, its prompt cut or repeated."""
+    (pair,) = pairs.read([0])
+    chosen, rejected = pair["chosen_ids"][: length // 4], pair["rejected_ids"][-(length // 4) :]
+    prompt = np.resize(pair["prompt_ids"], length - max(len(chosen), len(rejected)))
+    return {"index": 0, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
 class Probe(NamedTuple):
     """What is compared of a pair."""
 
@@ -346,17 +358,20 @@ def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     return float(torch.stack(errors).max())
 
 
-def fault_of_tree(pair: dict, model: PreTrainedModel, compute: Compute, exact: Compute) -> str | None:
+def fault_of_tree(pair: dict, long: dict, model: PreTrainedModel, compute: Compute, exact: Compute) -> str | None:
     """What is wrong with this pair over a token tree, computed as `compute` says; None if nothing is.
 
     It is compared with plain rows by the model's own logits and its "eager" attention, computed as `exact` says. In 16
-    bits, gradients may be off by a few times what rounding does to those of plain rows.
+    bits, gradients may be off by a few times what rounding does to those of plain rows. The long pair need only not
+    raise anything.
     """
     try:
         model.set_attn_implementation("eager")
         expected, rounded = (probe(logps_by_rows, pair, model, how) for how in (exact, compute))
         model.set_attn_implementation("tree")
         found = probe(logps_by_tree, pair, model, compute)
+        with torch.no_grad():
+            logps_by_tree(long, model, compute)
     except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
         if is_out_of_memory(error):
             raise
@@ -382,18 +397,16 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if positions < max_length:
         raise UserError(f"--max_length {max_length}: {model.name_or_path} has only {positions} positions")
-    (pair,), length = pairs.read([0]), min(max_length, 512)  # tokens: several tiles of an attention kernel
-    chosen, rejected = pair["chosen_ids"][: length // 4], pair["rejected_ids"][-(length // 4) :]
-    prompt = np.resize(pair["prompt_ids"], length - max(len(chosen), len(rejected)))
-    pair = {"index": 0, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    # Of 512 tokens, which are several tiles of an attention kernel, and as long as they get.
+    given = probe_pair(pairs, min(max_length, 512)), probe_pair(pairs, max_length), model
     exact = compute._replace(dtype=torch.float32, attend=attend_by_segment)
-    fault = fault_of_tree(pair, model, exact, exact)
+    fault = fault_of_tree(*given, exact, exact)
     if not fault and compute != exact:
-        fault = fault_of_tree(pair, model, compute, exact)
+        fault = fault_of_tree(*given, compute, exact)
         if fault and compute.attend is attend_at_once:
             say(f"warning: FlashAttention can't be used ({fault}): attention goes segment by segment, which is slower")
             compute = compute._replace(attend=attend_by_segment)
-            fault = fault_of_tree(pair, model, compute, exact)
+            fault = fault_of_tree(*given, compute, exact)
     if fault:
         raise UserError(
             f"{type(model).__name__} can't be trained here: {fault}. What works are decoders with plain attention, "
@@ -470,7 +483,7 @@ def rehearse(
     It is one tree: a prompt of half the length that a pair may have, and as many responses, all different, as fit.
     """
     n_prompt = max_length // 2
-    n_pairs = max(1, (n_tokens - n_prompt) // (2 * (max_length - n_prompt)))
+    n_pairs = math.ceil((n_tokens - n_prompt) / (2 * (max_length - n_prompt)))
     responses = np.zeros((2 * n_pairs, (n_tokens - n_prompt) // (2 * n_pairs)), dtype=np.int64)
     responses[:, 0], responses[:, 1] = np.divmod(np.arange(2 * n_pairs), 64)
     prompt = np.zeros(n_prompt, dtype=np.int64)
@@ -816,7 +829,7 @@ def written(path: Path):
 
 
 def output_dir_of(flags: Flags) -> Path | None:
-    """The run's folder, if flags say which. Raises UserError if it holds another run."""
+    """The run's folder, if flags say which. Raises UserError if it holds another run, or can't be written to."""
     resume = flags.resume_from_checkpoint
     if resume in (None, "latest"):
         folder = Path(flags.output_dir) if flags.output_dir else None
@@ -829,6 +842,9 @@ def output_dir_of(flags: Flags) -> Path | None:
     used = ("metrics.jsonl", "report.md", "model.safetensors")
     if not resume and (find_checkpoints(folder) or any((folder / name).exists() for name in used)):
         raise UserError(f"--output_dir {folder} holds another run: give another, or --resume_from_checkpoint latest")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--output_dir {folder} can't be written to")
     return folder
 
 
@@ -840,8 +856,6 @@ def make_output_dir(folder: Path | None, flags: Flags) -> Path:
     if folder is not None:
         with written(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError("read-only")
         return folder
     name = "eval" if flags.eval_only else "demo" if flags.demo else "dpo"
     for folder in [Path("output", name if n == 1 else f"{name}-{n}") for n in range(1, 1000)]:
@@ -865,9 +879,12 @@ def read_checkpoint(folder: Path, belongs_to: dict[str, Any], wanted: str) -> tu
     there = find_checkpoints(folder)
     if not there:
         raise UserError(f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}")
-    newest = there[0]
-    if wanted != "latest" and Path(wanted).resolve() != newest.resolve():
-        raise UserError(f"--resume_from_checkpoint {wanted}: {newest} is newer; take `latest`, or remove what is newer")
+    newest, folders = there[0], [path.resolve() for path in there]
+    if wanted != "latest" and Path(wanted).resolve() != folders[0]:
+        why = f"{newest} is newer; take `latest`, or remove what is newer"
+        if Path(wanted).resolve() not in folders:
+            why = f"is no checkpoint; the newest in {folder} is {newest.name}"
+        raise UserError(f"--resume_from_checkpoint {wanted}: {why}")
     try:
         state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
         before = state["belongs_to"]
@@ -887,6 +904,10 @@ def save_model(model: PreTrainedModel, tokenizer, end_ids: list[int], folder: Pa
     eos = [token for token in dict.fromkeys([*end_ids, tokenizer.eos_token_id]) if token is not None]
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = eos[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # says how to sample and not to: transformers loads that, but does not write it
+        model.generation_config.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -922,7 +943,8 @@ class Log:
 
     def say(self, text: str) -> None:
         self.bar.clear()
-        self.accelerator.print(text)
+        with contextlib.suppress(OSError):  # a closed terminal, a pipe whose reader is gone: no reason to stop
+            self.accelerator.print(text)
 
     def warn(self, name: str, text: str) -> None:
         """Say it, once in a run."""
@@ -1071,16 +1093,28 @@ def train(flags: Flags) -> Path:
         hint = "; on most CPUs --mixed_precision no is several times as fast" * (dtype != torch.float32)
         say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): the CPU computes{hint}")
 
-    # 2. Rows to token ids, split by prompt
+    # 2. Rows to token ids, split by prompt; the steps that this makes
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)
     with accelerator.local_main_process_first():
+        held_out_rows = None
+        if flags.eval_dataset_name:
+            held_out_rows = load_rows(flags.eval_dataset_name, flag="--eval_dataset_name")
+        if flags.eval_only and flags.eval_dataset_name:  # no others are needed
+            rows = held_out_rows.select([])
+        else:
+            rows = load_rows(flags.dataset_name, flags.dataset_split)
         data = prepare(
-            load_rows(flags.dataset_name, flags.dataset_split), tokenizer, flags.max_length,
-            0 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
-            flags.domains.split(",") if flags.domains else None,
-            load_rows(flags.eval_dataset_name, flag="--eval_dataset_name") if flags.eval_dataset_name else None,
+            rows, tokenizer, flags.max_length, 0 if flags.eval_only else flags.max_train_samples,
+            flags.max_eval_samples, flags.domains.split(",") if flags.domains else None, held_out_rows,
         )  # fmt: skip
     any_pairs = data.train if len(data.train) else data.held_out
+    n_steps = math.ceil(flags.num_train_epochs * math.ceil(len(data.train) / flags.train_batch_size))
+    total_steps = 0 if flags.eval_only else flags.max_steps if flags.max_steps > 0 else n_steps
+    if total_steps <= flags.warmup_steps and not flags.eval_only:
+        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
+    warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
+    if flags.lr_scheduler_type == "constant":
+        warmup_steps = 0
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
@@ -1128,14 +1162,6 @@ def train(flags: Flags) -> Path:
     steps = StepBatches(
         data.train, collate, flags.train_batch_size, flags.seed, flags.group_by_prompt, rank, n_processes
     )
-    total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
-    if flags.eval_only:
-        total_steps = 0
-    warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
-    if flags.lr_scheduler_type == "constant":
-        warmup_steps = 0
-    if total_steps <= flags.warmup_steps and not flags.eval_only:
-        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
 
     # 7. The policy and what else changes from step to step, as they are at the start or in the checkpoint
     if checkpoint is not None:
@@ -1158,20 +1184,23 @@ def train(flags: Flags) -> Path:
     # 8. What is said and logged before the first step
     what = f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to {n_tokens:,} tokens"
     what = "none: two models are compared" if flags.eval_only else f"{what}, {n_processes} process(es)"
-    facts = facts_of(flags, data, compute, what) | {"micro_batch_tokens": n_tokens}
+    facts = facts_of(flags, data, compute, what)
     say(header(facts, flags, tokenizer, any_pairs.read(steps.indices(0)[:1] if total_steps else [0])[0]))
     n_bytes = 4 * sum(weight.numel() for weight in policy.parameters())  # of the model; AdamW's moments are two more
-    if flags.save_steps and (free := shutil.disk_usage(folder).free) < n_bytes * (4 + 3 * flags.save_total_limit):
+    free, needed = shutil.disk_usage(folder).free, n_bytes * (4 + 3 * flags.save_total_limit)
+    if flags.save_steps and total_steps and free < needed:
         say(f"warning: {free / 1e9:.1f} GB are free; each of the checkpoints will take {n_bytes * 3e-9:.1f}")
     log = Log(folder, accelerator, flags, step, total_steps)
     stop = StopSignals(is_main)
+    if step == total_steps:
+        stop.restore()
     save = partial(save_model, policy, tokenizer, data.end_ids)
     evaluated = partial(
         evaluate, reference=eval_reference, pairs=data.held_out, collate=collate, compute=compute, flags=flags
     )
     answered = partial(answers, tokenizer=tokenizer, data=data, compute=compute, max_new_tokens=flags.max_new_tokens)
     if checkpoint is None:
-        log.start(facts)
+        log.start(facts | {"micro_batch_tokens": n_tokens})
         before = ResponseScorer(ref_model, dtype) if flags.eval_only else scorer
         log.evaluation(0, 0.0, evaluated(before) | answered(before.model))
     else:
@@ -1254,7 +1283,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         text = "stopped"
     if text:
-        print(f"dpo_train.py{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(f"dpo_train.py{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
     return 1
 
 

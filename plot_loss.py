@@ -111,7 +111,7 @@ def read_run(path: Path) -> Run:
         log = next((log for log in logs if log.is_file()), None)
         if log is None:
             raise PlotError(f"{path}: neither a log nor a folder with metrics.jsonl or trainer_state.json")
-        text = log.read_text(encoding="utf-8", errors="replace")
+        text = log.read_text(encoding="utf-8-sig", errors="replace")
     lines = text.split("\n")
     logged = parse(text).get("log_history")  # of HF's trainer_state.json, one document
     if not isinstance(logged, list):
@@ -121,7 +121,7 @@ def read_run(path: Path) -> Run:
             print(f"warning: {log}: no JSON object in line {broken[0] + 1} ({len(broken)} such lines)", file=sys.stderr)
     records: list[dict[str, Any]] = []
     for record in logged:
-        if not is_number(record.get("step")):
+        if not isinstance(record, dict) or not is_number(record.get("step")):
             continue
         if record.get("event") == "resumed":  # what was logged beyond this step belongs to lost weights
             records = [old for old in records if old["step"] <= record["step"]]
@@ -225,7 +225,8 @@ def judgement(run: Run) -> Iterator[str]:
     longer, model = shown(after, "lengths/accuracies"), with_error(after, "rewards/accuracies")
     yield f"“The longer one is better” is right in {longer} of the pairs, the model in {model}."
     old, new = -before["nll_loss"], -after["nll_loss"]
-    verb = "rose" if new >= old else "fell" if new > old - 0.1 else "**fell far** (`--sft_weight 0.1` may help)"
+    verb = "fell" if new < old else "rose" if new >= old else "is not a number"
+    verb = "**fell far** (`--sft_weight 0.1` may help)" if new <= old - 0.1 else verb
     yield f"The chosen responses' log-probability per token {verb}: {old:.3f} → {new:.3f} nats."
     yield (
         "Accuracy alone says little once the policy is far from the reference (https://arxiv.org/abs/2405.19534): "
@@ -406,7 +407,7 @@ def write_results(path: Path) -> list[str]:
     Raises PlotError if the log cannot be read or the report not be written; a picture that fails is one more sentence.
     """
     run, sentences = read_run(path), ["no report: the log does not say how the run started"]
-    if run.start:
+    if "flags" in run.start:
         report_file = run.folder / "report.md"
         with named(report_file), complete_or_absent(report_file) as aside:
             aside.write_text("\n".join([*report(run), ""]), encoding="utf-8", errors="replace")
@@ -432,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
             runs, output = [read_run(path) for path in arguments.runs], arguments.output or Path("loss.png")
             if len({run.name for run in runs}) < len(runs):
                 for run, path in zip(runs, arguments.runs, strict=True):
-                    run.name = str(path)
+                    run.name = str(path).encode(errors="replace").decode()
             plot_runs(runs, output)
             print(output)
     except PlotError as error:

@@ -351,6 +351,21 @@ def test_a_first_step_that_is_not_ln_2_is_explained(model_dir, data_file, tmp_pa
     assert "same precision and without dropout" in message
 
 
+def test_a_closed_terminal_and_a_contradictory_generation_config_cost_no_model(model_dir, data_file, tmp_path):
+    """As many published models have it: how to sample is said, and not to."""
+    shutil.copytree(model_dir, tmp_path / "start")
+    edit_json(tmp_path / "start" / "generation_config.json", do_sample=False, temperature=0.6)
+
+    def close():
+        raise OSError(5, "Input/output error")
+
+    words = arguments(tmp_path / "start", data_file, tmp_path / "run", save_steps=4, max_steps=6)
+    done = type_here(words, cue="step 2/", act=close)
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4", "checkpoint-6"]
+    assert GenerationConfig.from_pretrained(tmp_path / "run").temperature == 0.6
+
+
 def test_eval_only_compares_two_models(plain, model_dir, data_file, tmp_path, monkeypatch):
     """What a run's first and last evaluation say, from its start and its model alone; twice, in new folders."""
     folder, metrics = plain
@@ -466,6 +481,8 @@ def test_checkpoints_are_limited_and_an_older_or_damaged_one_is_refused(model_di
     assert checkpoints(folder) == ["checkpoint-12", "checkpoint-14"]
     older = {"resume_from_checkpoint": folder / "checkpoint-12"}
     assert "checkpoint-14 is newer; take `latest`" in refused(model_dir, data_file, folder, **older)
+    missing = {"resume_from_checkpoint": folder / "checkpoint-99"}
+    assert "is no checkpoint; the newest in" in refused(model_dir, data_file, folder, **missing)
     assert "a run goes on in its own folder" in refused(model_dir, data_file, tmp_path / "branch", **older)
     for path in (folder / "checkpoint-14").iterdir():
         path.write_bytes(path.read_bytes()[:100])  # as no crash leaves them, but a copy may
@@ -661,6 +678,11 @@ def test_models_that_are_refused(model_dir, data_file, tokenizer, tmp_path, how,
         ("--dataset_name nowhere.jsonl", "--dataset_name nowhere.jsonl: there is no such file"),
         ("--resume_from_checkpoint latest", "--resume_from_checkpoint latest: needs --output_dir"),
         ("--resume_from_checkpoint latest --output_dir nowhere", "there is no checkpoint in nowhere"),
+        ("--resume_from_checkpoint=", "--resume_from_checkpoint is empty"),
+        ("--seed 4294967296", "--seed 4294967296: must be from 0 to below 4294967296"),
+        ("--warmup_steps 99", "--warmup_steps 99: the run has only 14 steps"),
+        ("--eval_dataset_name none.jsonl", "--eval_dataset_name none.jsonl: there is no such file"),
+        ("--eval_dataset_name x.jsonl --max_eval_samples 0", "needs --max_eval_samples above 0"),
         ("ACCELERATE_USE_FSDP=true", "FSDP is not supported, only one process or DDP"),
     ],
     ids=lambda value: value,
