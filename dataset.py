@@ -199,7 +199,7 @@ def read_triple(row: Any) -> Triple:
     # Where one side only continues the other, nothing is shared: neither is a response.
     n_shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     prompt = join(row.get("system") or "", prompt, chosen[:n_shared])
-    refuse_if(not prompt, f"no prompt; columns: {', '.join(sorted(row))}"[:200])
+    refuse_if(not prompt, f"no prompt; columns: {', '.join(sorted(row.keys() - {JSON}))}"[:200])
     refuse_if(any(not turn["content"].strip() for turn in prompt if turn["role"] != "system"), "prompt: empty")
     refuse_if(prompt[-1]["role"] != "user", "prompt: does not end with a user turn")
     for side in (chosen, rejected):
@@ -326,10 +326,12 @@ class Encoder:
         n_prompt = min(len(prompt), max(self.max_length // 2, self.max_length - longest))
         n_response = self.max_length - n_prompt
         truncated = n_prompt < len(prompt) or n_response < longest
-        ids = [prompt[len(prompt) - n_prompt :], *(response[:n_response] for response in responses)]
-        refuse_if(ids[1] == ids[2], f"chosen equals rejected{' after truncation' if truncated else ''}, as tokens")
-        digest = hash64(b"|".join(np.array(part, dtype=np.int32).tobytes() for part in ids))
-        return dict(zip(IDS, ids, strict=True), digest=digest, truncated=truncated, is_plain=is_plain)
+        prompt = prompt[len(prompt) - n_prompt :]
+        chosen, rejected = (ids[:n_response] for ids in responses)
+        refuse_if(chosen == rejected, f"chosen equals rejected after {'truncation' if truncated else 'tokenizing'}")
+        pair = {name: np.array(ids, np.int32) for name, ids in zip(IDS, (prompt, chosen, rejected), strict=True)}
+        digest = hash64(b"|".join(ids.tobytes() for ids in pair.values()))
+        return pair | {"digest": digest, "truncated": truncated, "is_plain": is_plain}
 
     def render(self, triple: Triple) -> list[str]:
         """The prompt and the two responses as they are tokenized: by the chat template, unless they are plain text."""
@@ -530,7 +532,7 @@ def scan_rows(table: pa.Table) -> pa.Table:
             triple = read_triple(row)
             key = hash64(json.dumps(triple.prompt).encode())
             scanned.append({"key": key, "domain": triple.domain, "cause": ""})
-        except Unusable as cause:
+        except (Unusable, RecursionError) as cause:  # the latter of objects that are nested hundreds deep
             scanned.append({"key": 0, "domain": "", "cause": str(cause)})
     return pa.Table.from_pylist(scanned)
 

@@ -224,7 +224,7 @@ CONTENT = "{{ m['content'] }}"
     ("<|im_start|>assistant", "<|im_start|>model", "the chat template changes the prompt once it is answered"),
     (CONTENT, "{{ m['content'].split('</think>')[-1] }}", "the chat template removes part of the response"),
     (CONTENT, "{{ m['content'] if m['role'] != 'system' }}", "the chat template removes part of the prompt"),
-    (CONTENT, "{{ m['content'] | trim }}", "chosen equals rejected, as tokens"),
+    (CONTENT, "{{ m['content'] | trim }}", "chosen equals rejected after tokenizing"),
     ("{% for", "{{ raise_exception('not this time') if messages | length > 2 }}{% for",
      "the chat template says: not this time"),
     ("", None, "the tokenizer has no chat template, which messages need"),
@@ -247,7 +247,7 @@ def test_long_and_strange_texts(tokenizer):
     texts += ["好" * 100_000, "a" * 100_000, "<|im_start|>" * 50]
     data, found = prepared(tokenizer, *((USER, text + "好", text + "坏的") for text in texts), max_length=256)
     assert sorted(found) == [0, 1, 2, 3, 4]
-    assert dropped(data) == {"chosen equals rejected after truncation, as tokens": (2, 5), SPECIAL: (1, 7)}
+    assert dropped(data) == {"chosen equals rejected after truncation": (2, 5), SPECIAL: (1, 7)}
 
 
 # --- whole sets
@@ -373,10 +373,12 @@ def test_bad_rows_are_counted_with_the_first_of_each(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", [*good, *(row for _, row in BAD_ROWS * 2), *special])
     with path.open("ab") as file:
         file.write(b"{not json\n")
+        file.write(b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}\n")
         file.write(json.dumps(coig(chosen="XX"), ensure_ascii=False).encode().replace(b"XX", b"\xff\xfe") + b"\n")
     data = prepare(load_rows(str(path)), tokenizer, max_eval_samples=0)
     assert sorted(data.train.rows) == list(range(len(good)))
-    assert set(dropped(data)) == {*(cause for cause, _ in BAD_ROWS), SPECIAL}
+    (deep,) = [cause for cause in dropped(data) if cause.startswith("maximum recursion depth exceeded")]
+    assert set(dropped(data)) == {*(cause for cause, _ in BAD_ROWS), SPECIAL, deep}
     assert data.n_rows == len(data.train) + sum(n for n, _ in dropped(data).values())
     assert dropped(data)[SPECIAL] == (len(special), len(good) + 2 * len(BAD_ROWS))
     assert dropped(data)["not valid JSON or Unicode"][0] == 4  # a surrogate twice, broken JSON, broken UTF-8
