@@ -22,7 +22,6 @@ put together at random: good for speed and memory, meaningless for what a model 
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -38,6 +37,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -381,8 +381,10 @@ def milliseconds(args: argparse.Namespace, run) -> float:
 
 def machine(args: argparse.Namespace) -> Iterator[dict]:
     """What there is, what it can do at most, and the two ways to attend against each other."""
-    names = ("torch", "triton", "transformers", "accelerate", "datasets", "numpy", "trl")
-    versions = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    versions = {}
+    for name in ("torch", "triton", "transformers", "accelerate", "datasets", "numpy", "trl"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if CUDA else None
     yield {"device": torch.cuda.get_device_name() if CUDA else "CPU", "gpu_gb": memory, "cuda": torch.version.cuda,
            "cpus": os.cpu_count(), "python": sys.version.split()[0], **versions}  # fmt: skip

@@ -43,7 +43,7 @@ def test_the_command_for_a_gpu(request, tmp_path):
     that matter most."""
     is_slow, file = request.config.getoption("slow"), tmp_path / "results.jsonl"
     only = ".*" if is_slow else "machine|core"
-    found, stdout = run_benchmark("--gpu", "--dry", "--seconds", "900", "--only", only, "--output", str(file))
+    found, stdout = run_benchmark("--gpu", "--dry", "--seconds", "3600", "--only", only, "--output", str(file))
     assert file.read_text().splitlines() == [line for line in stdout.splitlines() if line.startswith("{")]
     errors = [line[name] for line in found["machine"] for name in line if name.startswith("error_of")]
     assert len(errors) >= 8 and 0 < max(errors) < 0.02
