@@ -1058,6 +1058,21 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise UserError(f"accelerate can't start with these flags: {first_line(error)}") from None
 
 
+def load_data(flags: Flags, tokenizer) -> PreparedData:
+    """The pairs to train on and to hold out, as the flags select them."""
+    held_out_rows = None
+    if flags.eval_dataset_name:
+        held_out_rows = load_rows(flags.eval_dataset_name, flag="--eval_dataset_name")
+    if flags.eval_only and flags.eval_dataset_name:  # no others are needed
+        rows = held_out_rows.select([])
+    else:
+        rows = load_rows(flags.dataset_name, flags.dataset_split)
+    return prepare(
+        rows, tokenizer, flags.max_length, 0 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
+        flags.domains.split(",") if flags.domains else None, held_out_rows,
+    )  # fmt: skip
+
+
 def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, Any]:
     """What will be trained, on what, how."""
     shown = without_folders(flags)
@@ -1096,25 +1111,18 @@ def train(flags: Flags) -> Path:
     # 2. Rows to token ids, split by prompt; the steps that this makes
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)
     with accelerator.local_main_process_first():
-        held_out_rows = None
-        if flags.eval_dataset_name:
-            held_out_rows = load_rows(flags.eval_dataset_name, flag="--eval_dataset_name")
-        if flags.eval_only and flags.eval_dataset_name:  # no others are needed
-            rows = held_out_rows.select([])
-        else:
-            rows = load_rows(flags.dataset_name, flags.dataset_split)
-        data = prepare(
-            rows, tokenizer, flags.max_length, 0 if flags.eval_only else flags.max_train_samples,
-            flags.max_eval_samples, flags.domains.split(",") if flags.domains else None, held_out_rows,
-        )  # fmt: skip
+        data = load_data(flags, tokenizer)
     any_pairs = data.train if len(data.train) else data.held_out
-    n_steps = math.ceil(flags.num_train_epochs * math.ceil(len(data.train) / flags.train_batch_size))
-    total_steps = 0 if flags.eval_only else flags.max_steps if flags.max_steps > 0 else n_steps
-    if total_steps <= flags.warmup_steps and not flags.eval_only:
+    total_steps = math.ceil(flags.num_train_epochs * math.ceil(len(data.train) / flags.train_batch_size))
+    if flags.max_steps > 0:
+        total_steps = flags.max_steps
+    if flags.warmup_steps >= total_steps and not flags.eval_only:
         raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
     warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
     if flags.lr_scheduler_type == "constant":
         warmup_steps = 0
+    if flags.eval_only:
+        total_steps = 0
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
