@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import resource
 import shlex
 import shutil
@@ -37,23 +36,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import accelerate
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils.memory import clear_device_cache
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    PreTrainedModel,
-)
-from transformers.utils import find_adapter_config_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from dataset import (
     MicroBatch,
@@ -66,17 +58,8 @@ from dataset import (
     load_rows,
     prepare,
 )
-from loss import (
-    LOSSES,
-    ResponseScorer,
-    TreePlan,
-    attend_at_once,
-    attend_by_segment,
-    autocast,
-    dpo_loss,
-    plan_attention,
-)
-from plot_loss import PlotError, write_results
+from loss import LOSSES, ResponseScorer, TreePlan, attend_at_once, attend_by_segment, autocast, dpo_loss, plan_attention
+from plot_loss import PlotError, complete_or_absent, remove, write_results
 
 SAMPLE = Path(__file__).resolve().parent / "docs" / "sample"
 
@@ -115,7 +98,7 @@ class Flags:
     max_train_samples: Annotated[int | None, above(0)] = flag(None, "train on this many pairs at most; None: all")
     eval_dataset_name: str | None = flag(None, "hold out these pairs (file or folder) instead of some of the data's")
     max_eval_samples: Annotated[int, at_least(0)] = flag(
-        512, "hold out this many pairs at most, by prompt, and at most a tenth; 0: none"
+        512, "hold out this many pairs at most, by prompt, and at most a tenth of the prompts; 0: none"
     )
     output_dir: str | None = flag(None, "where everything is written; None: output/dpo, or the next free output/dpo-N")
     # loss
@@ -123,7 +106,7 @@ class Flags:
     loss_type: str = flag("sigmoid", "the loss, see loss.py; sigmoid is the DPO paper's", choices=list(LOSSES))
     label_smoothing: Annotated[float, from_0_to_below(0.5)] = flag(0.0, "assumed share of pairs with swapped labels")
     sft_weight: Annotated[float, at_least(0)] = flag(
-        0.0, "adds this many times the chosen response's negative log-likelihood a token"
+        0.0, "adds this many times the chosen response's negative log-likelihood per token"
     )
     # steps and optimizer
     train_batch_size: Annotated[int, above(0)] = flag(64, "pairs in one optimizer step, over all processes")
@@ -134,12 +117,12 @@ class Flags:
     learning_rate: Annotated[float, at_least(0)] = flag(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
     warmup_ratio: Annotated[float, from_0_to_below(1)] = flag(0.1, "share of the steps in which the rate rises from 0")
-    warmup_steps: Annotated[int, at_least(0)] = flag(0, "the same in steps; goes before the ratio if above 0")
+    warmup_steps: Annotated[int, at_least(0)] = flag(0, "the same in steps; overrides the ratio if above 0")
     weight_decay: Annotated[float, at_least(0)] = flag(0.0, "of AdamW; norms and biases are spared")
     max_grad_norm: Annotated[float, at_least(0)] = flag(1.0, "gradients are clipped to this norm; 0: not clipped")
     num_train_epochs: Annotated[float, above(0)] = flag(1.0, "passes over the pairs")
-    max_steps: Annotated[int, at_least(-1)] = flag(-1, "stop after this many steps; goes before the epochs if above 0")
-    seed: Annotated[int, at_least(0)] = flag(42, "of the order of the pairs")
+    max_steps: Annotated[int, at_least(-1)] = flag(-1, "stop after this many steps; overrides the epochs if above 0")
+    seed: Annotated[int, from_0_to_below(2**32)] = flag(42, "of the order of the pairs")
     # computing
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "bf16 autocast over float32 weights, or float32 throughout")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
@@ -166,31 +149,19 @@ PATHS = (
     "model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
     "resume_from_checkpoint",
 )  # fmt: skip
-# Of a resumed run, all flags must be as before but for these. Those that select models and data are compared by what
-# they select instead: by hashes of the weights and of the tokens.
+# All other flags of a resumed run must be as before.
 MAY_CHANGE_ON_RESUME = {
-    *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples", "micro_batch_tokens",
-    "gradient_checkpointing", "precompute_ref_log_probs", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "report_to", "eval_only", "max_new_tokens", "demo",
-}  # fmt: skip
-ELSEWHERE = {  # flags of TRL and transformers that are called otherwise here
-    "per_device_train_batch_size": "--train_batch_size, the pairs in a step over all devices",
-    "gradient_accumulation_steps": "--train_batch_size, the pairs in a step, and --micro_batch_tokens",
-    "per_device_eval_batch_size": "--micro_batch_tokens", "bf16": "--mixed_precision bf16, the default",
-    "fp16": "--mixed_precision bf16 or no", "max_prompt_length": "--max_length, of prompt and response together",
-    "max_completion_length": "--max_length, of prompt and response together", "run_name": "--output_dir",
-    "logging_dir": "--output_dir", "rpo_alpha": "--sft_weight", "pref_ftx": "--sft_weight", "pref_beta": "--beta",
-    "eval_strategy": "--eval_steps", "save_strategy": "--save_steps", "data_seed": "--seed",
-    "cutoff_len": "--max_length", "attn_implementation": "no such flag: there is one attention, over token trees",
+    # What these select is compared instead, by hashes of weights and tokens.
+    *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples",
+    # These don't change what is trained.
+    "micro_batch_tokens", "gradient_checkpointing", "precompute_ref_log_probs", "logging_steps", "eval_steps",
+    "save_steps", "save_total_limit", "report_to", "eval_only", "max_new_tokens", "demo",
 }  # fmt: skip
 
 
 class OneLineParser(HfArgumentParser):
     def error(self, message):  # argparse prints forty lines of usage first
-        for name, ours in ELSEWHERE.items():
-            if f"--{name}" in message.replace("=", " ").split():
-                raise UserError(f"--{name}: here it is {ours}")
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{message} (--help lists the flags; the README has TRL's names beside ours)")
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -203,6 +174,8 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         parser.set_defaults(**DEMO)
     flags = Flags(**vars(parser.parse_args(argv)))
     for name in PATHS:
+        if getattr(flags, name) == "":
+            raise UserError(f"--{name} is empty")
         setattr(flags, name, getattr(flags, name) and os.path.expanduser(getattr(flags, name)))
     for name, hint in get_type_hints(Flags, include_extras=True).items():
         for holds, rule in getattr(hint, "__metadata__", ()):
@@ -213,20 +186,22 @@ def parse_flags(argv: Sequence[str]) -> Flags:
 
 
 def refuse_what_does_not_fit_together(flags: Flags) -> None:
-    smoothed, least = ("sigmoid", "robust"), 2 * flags.max_length
+    least, resumes = 2 * flags.max_length, flags.resume_from_checkpoint
     trackers = ["none", *map(str, accelerate.tracking.get_available_trackers())]
     rules = [
-        ("label_smoothing", flags.label_smoothing and flags.loss_type not in smoothed, "for sigmoid and robust only"),
+        ("label_smoothing", flags.label_smoothing and flags.loss_type not in ("sigmoid", "robust"),
+         "for sigmoid and robust only"),
         ("max_steps", flags.max_steps == 0, "must be above 0, or -1 for all"),
         ("warmup_steps", 0 < flags.max_steps <= flags.warmup_steps, "must be below --max_steps"),
         ("micro_batch_tokens", flags.micro_batch_tokens and flags.micro_batch_tokens < least,
          f"must be at least {least}, twice --max_length: a pair's two responses stay together"),
         ("eval_only", flags.eval_only and not (flags.ref_model_name_or_path and flags.max_eval_samples),
          "needs --ref_model_name_or_path, the model to compare with, and --max_eval_samples above 0"),
-        ("resume_from_checkpoint", flags.resume_from_checkpoint and flags.eval_only, "--eval_only trains nothing"),
+        ("eval_dataset_name", flags.eval_dataset_name and not flags.max_eval_samples,
+         "needs --max_eval_samples above 0"),
+        ("resume_from_checkpoint", resumes and flags.eval_only, "--eval_only trains nothing"),
         ("precompute_ref_log_probs", flags.precompute_ref_log_probs and flags.eval_only, "--eval_only needs no table"),
-        ("resume_from_checkpoint", flags.resume_from_checkpoint == "latest" and not flags.output_dir,
-         "needs --output_dir"),
+        ("resume_from_checkpoint", resumes == "latest" and not flags.output_dir, "needs --output_dir"),
         ("report_to", flags.report_to not in trackers,
          f"not installed (there is: {', '.join(trackers)}): pip install it"),
     ]  # fmt: skip
@@ -264,7 +239,7 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
 
     Raises UserError if it can't be loaded, or if some weights are missing, which would then be random.
     """
-    if Path(name).exists() and find_adapter_config_file(name):
+    if (Path(name) / "adapter_config.json").exists():
         raise UserError(f"{flag_name} {name} is a LoRA adapter: merge it into its model first, with peft")
     if getattr(load(AutoConfig, flag_name, name), "quantization_config", None):
         raise UserError(f"{flag_name} {name} is quantized: take the model as it was before, in bf16 or float32")
@@ -312,11 +287,15 @@ def check_vocabulary(model: PreTrainedModel, own_tokenizer, tokenizer, flag_name
 
 
 class Compute(NamedTuple):
-    """Where and how models are computed: the same code for every device, but for `attend`."""
+    """How this process computes, among the others: the same code for every device, but for `attend`."""
 
-    device: torch.device
+    accelerator: Accelerator
     dtype: torch.dtype  # of matrix products and attention
     attend: Callable  # `attend_at_once` or `attend_by_segment` of loss.py
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     def to_device(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], TreePlan]:
         """A micro-batch on the device, as `ResponseScorer` takes it."""
@@ -324,16 +303,38 @@ class Compute(NamedTuple):
         return tensors, plan_attention(batch.segments, self.device, self.dtype, self.attend)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The check of a model before it trains
+
+
 def probe_pair(pairs: Pairs, length: int) -> dict:
-    """A pair of `length` tokens, by which `check_model` tells whether the tree is right."""
+    """A pair of `length` tokens: the first one, its responses cut, its prompt cut or repeated."""
     (pair,) = pairs.read([0])
     chosen, rejected = pair["chosen_ids"][: length // 4], pair["rejected_ids"][-(length // 4) :]
     prompt = np.resize(pair["prompt_ids"], length - max(len(chosen), len(rejected)))
     return {"index": 0, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
+class Probe(NamedTuple):
+    """What is compared of a pair."""
+
+    logps: torch.Tensor  # [2] log-probabilities of a pair's responses, in nats
+    gradients: Sequence[torch.Tensor]  # of their sum
+
+
+def probe(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> Probe:
+    """A pair's log-probabilities by one of the two functions below, and gradients of a few weights: the embedding, one
+    matrix of each kind from the middle of the model, and the last weight."""
+    weights = list(model.parameters())
+    matrices = [weight for weight in weights if weight.dim() > 1]
+    middle = len(matrices) // 2
+    some = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
+    logps = logps_of(pair, model, compute)
+    return Probe(logps.detach().double(), torch.autograd.grad(logps.sum(), some, materialize_grads=True))
+
+
 def logps_by_rows(pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
-    """[2] by the model's own logits, one row at a time."""
+    """[2] log-probabilities of the pair's responses by the model's own logits, one row at a time."""
     logps = []
     for name in ("chosen_ids", "rejected_ids"):
         n = len(pair[name])
@@ -345,108 +346,96 @@ def logps_by_rows(pair: dict, model: PreTrainedModel, compute: Compute) -> torch
 
 
 def logps_by_tree(pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
-    """[2] the same as in training."""
+    """[2] log-probabilities of the pair's responses as in training."""
     (batch,) = TreeCollator(micro_batch_tokens=10**9)([pair])
     tensors, plan = compute.to_device(batch)
-    return of_pairs(ResponseScorer(model, compute.dtype)(tensors, plan), tensors)[0]
-
-
-def gradients(logps: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> list[torch.Tensor]:
-    """Of the pair's summed log-probabilities, for the embedding, a layer's matrices of each kind, and the last norm."""
-    weights = list(model.parameters())
-    matrices = [weight for weight in weights if weight.dim() > 1]
-    middle = len(matrices) // 2
-    chosen = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
-    return list(torch.autograd.grad(logps(pair, model, compute).sum(), chosen, materialize_grads=True))
-
-
-@torch.no_grad()
-def without_gradient(logps: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
-    return logps(pair, model, compute).double()
+    return per_pair(ResponseScorer(model, compute.dtype)(tensors, plan), tensors)[0]
 
 
 def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest of |a - b| / |b|."""
+    """The largest |a - b| / |b| of these tensors; nan if one is."""
     errors = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(values, expected, strict=True)]
-    return float(torch.stack(errors).max())  # nan if one is
+    return float(torch.stack(errors).max())
 
 
-def reason_against_tree(model, long: dict, short: dict, compute: Compute, own: list, rounding: float) -> str | None:
-    """What is wrong with the model over a tree, in words; `rounding` is the relative error of its own rows."""
+def fault_of_tree(pair: dict, long: dict, model: PreTrainedModel, compute: Compute, exact: Compute) -> str | None:
+    """What is wrong with this pair over a token tree, computed as `compute` says; None if nothing is.
+
+    It is compared with plain rows by the model's own logits and its "eager" attention, computed as `exact` says. In 16
+    bits, gradients may be off by a few times what rounding does to those of plain rows. The long pair need only not
+    raise anything.
+    """
     try:
-        logps = without_gradient(logps_by_tree, long, model, compute)
-        error = relative_error(gradients(logps_by_tree, short, model, compute), own[1:])
+        model.set_attn_implementation("eager")
+        expected, rounded = (probe(logps_by_rows, pair, model, how) for how in (exact, compute))
+        model.set_attn_implementation("tree")
+        found = probe(logps_by_tree, pair, model, compute)
+        with torch.no_grad():
+            logps_by_tree(long, model, compute)
     except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
         if is_out_of_memory(error):
             raise
         return first_line(error)
-    rtol, atol, most = (2e-5, 1e-2, 1e-3) if compute.dtype == torch.float32 else (5e-3, 0.5, 0.02 + 3 * rounding)
-    if not torch.allclose(logps, own[0], rtol, atol):
-        texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, own[0])]
+    most, rtol, atol = 1e-3, 2e-5, 1e-2  # a share of a gradient; a share of a log-probability, and nats
+    if compute.dtype != torch.float32:
+        most, rtol, atol = 0.02 + 3 * relative_error(rounded.gradients, expected.gradients), 5e-3, 0.5
+    if not torch.allclose(found.logps, expected.logps, rtol, atol):
+        texts = [", ".join(f"{value:.3f}" for value in values) for values in (found.logps, expected.logps)]
         return f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
-    if not error <= most:
+    if not (error := relative_error(found.gradients, expected.gradients)) <= most:
         return f"gradients over shared prompts are {error:.1%} off its own"
     return None
 
 
 def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int, say: Callable) -> Compute:
-    """Are the log-probabilities and the gradients that this model has over a token tree its own?
+    """Check that the log-probabilities and the gradients which this model has over a token tree are its own.
 
-    They are compared with those of its plain rows by its own logits and its "eager" attention, which share no code with
-    ours, in float32 and in the run's precision. They differ if its attention is of another kind, or if its logits are
-    more than hidden states times LM head.
-
+    They are not if its attention is of another kind, or if its logits are more than hidden states times LM head.
     Returns how to compute: where the kernel for GPUs is wrong, that is said, and segments are taken. Raises UserError
     for a model that can't be trained here.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if positions < max_length:
         raise UserError(f"--max_length {max_length}: {model.name_or_path} has only {positions} positions")
-    long, short = probe_pair(pairs, max_length), probe_pair(pairs, min(max_length, 128))
-    given = model, long, short
-    exact = Compute(compute.device, torch.float32, attend_by_segment)
-    try:
-        model.set_attn_implementation("eager")
-        own = [without_gradient(logps_by_rows, long, model, exact), *gradients(logps_by_rows, short, model, exact)]
-        rounding = relative_error(gradients(logps_by_rows, short, model, compute), own[1:])
-        model.set_attn_implementation("tree")
-        reason = reason_against_tree(*given, exact, own, rounding)
-    except Exception as error:  # of a model that can't be run row by row either
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    if not reason and compute != exact:
-        reason = reason_against_tree(*given, compute, own, rounding)
-        if reason and compute.attend is attend_at_once:
-            say(f"warning: FlashAttention can't be used ({reason}): attention goes segment by segment, which is slower")
+    # Of 512 tokens, which are several tiles of an attention kernel, and as long as they get.
+    given = probe_pair(pairs, min(max_length, 512)), probe_pair(pairs, max_length), model
+    exact = compute._replace(dtype=torch.float32, attend=attend_by_segment)
+    fault = fault_of_tree(*given, exact, exact)
+    if not fault and compute != exact:
+        fault = fault_of_tree(*given, compute, exact)
+        if fault and compute.attend is attend_at_once:
+            say(f"warning: FlashAttention can't be used ({fault}): attention goes segment by segment, which is slower")
             compute = compute._replace(attend=attend_by_segment)
-            reason = reason_against_tree(*given, compute, own, rounding)
-    if reason:
+            fault = fault_of_tree(*given, compute, exact)
+    if fault:
         raise UserError(
-            f"{type(model).__name__} can't be trained here: {reason}. What works are decoders with plain attention, "
+            f"{type(model).__name__} can't be trained here: {fault}. What works are decoders with plain attention, "
             "such as Qwen2, Qwen3, Llama or Mistral, dense or as mixture of experts"
         )
     return compute
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The micro-batch that fits
+
+
 def usual_tokens(compute: Compute, flags: Flags) -> int:
-    """Of a micro-batch: more make nothing faster."""
+    """The tokens of a micro-batch beyond which nothing gets faster, or those that were asked for."""
     return flags.micro_batch_tokens or max(2 * flags.max_length, 16_384 if compute.device.type == "cuda" else 2048)
 
 
 def find_micro_batch_tokens(
-    policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute, accelerator: Accelerator, flags: Flags
+    policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute, flags: Flags
 ) -> int:
     """The tokens of a micro-batch that fits into memory, the same in all processes.
 
     The usual ones are tried, then fewer, down to a pair's; --micro_batch_tokens, if given, is only tried. So memory
     runs out at the start if ever. Raises UserError, with what would help.
     """
-    least = flags.micro_batch_tokens or 2 * flags.max_length
-    search = find_executable_batch_size(rehearse, starting_batch_size=usual_tokens(compute, flags))
-    with limited_to_free_memory() if compute.device.type == "cpu" else contextlib.nullcontext():
-        found = search(least, policy, reference, compute, flags.max_length, accelerator.num_processes)
-    found = int(accelerator.gather(torch.tensor([found], device=compute.device)).min())
+    most, least = usual_tokens(compute, flags), flags.micro_batch_tokens or 2 * flags.max_length
+    sizes = [size for i in range(40) if (size := int(most * 0.9**i)) > least] + [least]
+    found = next((size for size in sizes if fits(size, policy, reference, compute, flags.max_length)), 0)
+    found = int(compute.accelerator.gather(torch.tensor([found], device=compute.device)).min())
     if not found:
         raise UserError(
             f"the memory is too small for {least:,} tokens in a micro-batch: try --gradient_checkpointing true, "
@@ -455,18 +444,31 @@ def find_micro_batch_tokens(
     return found
 
 
-@contextlib.contextmanager
-def limited_to_free_memory() -> Iterator[None]:
-    """On Linux: inside, memory that is not there raises, as on a GPU. Else the system would kill the run."""
+def fits(
+    n_tokens: int, policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute, max_length: int
+) -> bool:
+    """Whether memory holds a full micro-batch's forward and backward pass beside all that training keeps there."""
+    is_cpu = compute.device.type == "cpu"
     try:
-        status, machine = Path("/proc/self/status").read_text(), Path("/proc/meminfo").read_text()
-        used, free = (int(re.search(rf"{name}:\s+(\d+)", text)[1]) * 1024
-                      for name, text in (("VmData", status), ("MemAvailable", machine)))  # fmt: skip
-    except (OSError, TypeError):  # not Linux
-        yield
-        return
+        with memory_limited_to_what_is_free() if is_cpu else contextlib.nullcontext():
+            rehearse(n_tokens, policy, reference, compute, max_length)
+        result = True
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        result = False
+    policy.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    return result
+
+
+@contextlib.contextmanager
+def memory_limited_to_what_is_free() -> Iterator[None]:
+    """On Linux: inside, memory that is not there raises, as on a GPU. Else the system would kill the run."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + free if hard < 0 else min(used + free, hard), hard))
+    if sys.platform == "linux":
+        limit = psutil.Process().memory_info().data + psutil.virtual_memory().available
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
     try:
         yield
     finally:
@@ -474,41 +476,33 @@ def limited_to_free_memory() -> Iterator[None]:
 
 
 def rehearse(
-    n_tokens: int, least: int, policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute,
-    max_length: int, n_processes: int,
-) -> int:  # fmt: skip
+    n_tokens: int, policy: PreTrainedModel, reference: PreTrainedModel | None, compute: Compute, max_length: int
+) -> None:
     """Forward and backward of a full micro-batch, with gradients in place and room taken for AdamW and DDP's buckets.
 
-    Returns n_tokens, or 0 if that is below `least`. Raises what running out of memory raises.
+    It is one tree: a prompt of half the length that a pair may have, and as many responses, all different, as fit.
     """
-    if n_tokens < least:
-        return 0
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    n_prompt = max_length // 2  # in the keys of each response
-    n_pairs = max(1, (n_tokens - n_prompt) // (2 * (max_length - n_prompt)))
-    length = (n_tokens - n_prompt) // (2 * n_pairs)
-    responses = [np.r_[i // 64, np.full(length - 1, i % 64)] for i in range(2 * n_pairs)]  # all different
+    n_prompt = max_length // 2
+    n_pairs = math.ceil((n_tokens - n_prompt) / (2 * (max_length - n_prompt)))
+    responses = np.zeros((2 * n_pairs, (n_tokens - n_prompt) // (2 * n_pairs)), dtype=np.int64)
+    responses[:, 0], responses[:, 1] = np.divmod(np.arange(2 * n_pairs), 64)
     prompt = np.zeros(n_prompt, dtype=np.int64)
-    pairs = [{"index": i, "prompt_ids": prompt, "chosen_ids": responses[2 * i], "rejected_ids": responses[2 * i + 1]}
-             for i in range(n_pairs)]  # fmt: skip
-    try:
-        n_more = 2 if n_processes == 1 else 3  # numbers a weight: AdamW's two moments, DDP's copy of the gradients
-        room = torch.empty(n_more * sum(weight.numel() for weight in weights), device=compute.device)
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-        batch = TreeCollator(n_tokens)(pairs)[0]
-        tensors, plan = compute.to_device(batch)
-        logps = ResponseScorer(policy.train(), compute.dtype)(tensors, plan)
-        if reference is not None:
-            with torch.no_grad():
-                ResponseScorer(reference, compute.dtype)(tensors, plan)
-        (logps.sum() * 0.0).backward()
-        del room
-        return n_tokens
-    finally:
-        policy.eval()
-        for weight in weights:
-            weight.grad = None
+    pairs = [{"index": i, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+             for i, (chosen, rejected) in enumerate(responses.reshape(n_pairs, 2, -1))]  # fmt: skip
+    (batch,) = TreeCollator(n_tokens)(pairs)
+
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    n_more = 2 if compute.accelerator.num_processes == 1 else 3  # AdamW's two moments; DDP's copy of the gradients
+    room = torch.empty(n_more * sum(weight.numel() for weight in weights), device=compute.device)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    tensors, plan = compute.to_device(batch)
+    logps = ResponseScorer(policy.train(), compute.dtype)(tensors, plan)
+    if reference is not None:
+        with torch.no_grad():
+            ResponseScorer(reference, compute.dtype)(tensors, plan)
+    (logps.sum() * 0.0).backward()
+    del room
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,14 +541,14 @@ METRICS: dict[str, Callable[[Measured], torch.Tensor]] = {
 }
 
 
-def of_pairs(values: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def per_pair(values: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """[M] of responses to [P, 2] of pairs, chosen first."""
     return torch.stack([values[tensors["chosen_index"]], values[tensors["rejected_index"]]], dim=1)
 
 
 def losses_and_metrics(logps: torch.Tensor, ref_logps: torch.Tensor, tensors: dict, flags: Flags):
     """Losses [P] and, without gradient, the K METRICS [P, K], from log-probabilities [P, 2] in nats, chosen first."""
-    lengths = of_pairs(tensors["response_lengths"], tensors)  # [P, 2]
+    lengths = per_pair(tensors["response_lengths"], tensors)  # [P, 2]
     losses, *rewards = dpo_loss(
         *logps.unbind(1), *ref_logps.unbind(1), *lengths.unbind(1),
         flags.beta, flags.label_smoothing, flags.loss_type, flags.sft_weight,
@@ -563,12 +557,12 @@ def losses_and_metrics(logps: torch.Tensor, ref_logps: torch.Tensor, tensors: di
     return losses, torch.stack([metric(measured).double() for metric in METRICS.values()], dim=1)
 
 
-def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, accelerator: Accelerator, title: str):
+def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, title: str) -> Iterator[tuple[dict, TreePlan]]:
     """This process's micro-batches of all pairs, on its device; all processes get equally many.
 
     A prompt's pairs come together, in chunks of 256.
     """
-    rank, n_processes = accelerator.process_index, accelerator.num_processes
+    rank, n_processes = compute.accelerator.process_index, compute.accelerator.num_processes
     order = np.argsort(pairs.keys, kind="stable")
     starts = range(0, len(pairs), 256)
     for start in tqdm(starts, title, leave=False, disable=rank > 0 or not sys.stderr.isatty()):
@@ -576,116 +570,110 @@ def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, acceler
             yield compute.to_device(batch)
 
 
-class ReferenceModel:
-    """log pi_ref(y|x) by the frozen model, beside the policy."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
-        self.scorer = ResponseScorer(model, dtype)
-
-    @torch.no_grad()
-    def __call__(self, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
-        """[P, 2] in nats, chosen first."""
-        return of_pairs(self.scorer(tensors, plan), tensors)
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference: a function from a micro-batch to log pi_ref(y|x) of its pairs, [P, 2] in nats, chosen first
 
 
-class ReferenceTable:
-    """The same from a table of all pairs, [n, 2]."""
+@torch.no_grad()
+def from_model(scorer: ResponseScorer, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
+    """By the frozen model, beside the policy."""
+    return per_pair(scorer(tensors, plan), tensors)
 
-    def __init__(self, logps: torch.Tensor):
-        self.logps = logps
 
-    def __call__(self, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
-        return self.logps[tensors["pair_index"]]
+def from_table(logps: torch.Tensor, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
+    """From a table of all pairs, [n, 2]."""
+    return logps[tensors["pair_index"]]
 
 
 def reference_tables(
-    path: Path, belongs_to: dict, all_pairs: Sequence[Pairs], reference: ReferenceModel, n_tokens: int,
-    compute: Compute, accelerator: Accelerator,
-) -> list[ReferenceTable]:  # fmt: skip
+    path: Path, belongs_to: dict, sets: Sequence[Pairs], reference: Callable, n_tokens: int, compute: Compute
+) -> list[torch.Tensor]:
     """A table for each of these sets, from the file if it belongs to this run, else computed once and written there."""
     with contextlib.suppress(Exception):  # no file, or what is no whole file: computed
         saved = torch.load(path, map_location=compute.device, weights_only=True)
         if saved["belongs_to"] == belongs_to:
-            return [ReferenceTable(logps) for logps in saved["logps"]]
+            return saved["logps"]
     tables = []
-    for pairs in all_pairs:
+    for pairs in sets:
         logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=compute.device)
-        for tensors, plan in micro_batches(pairs, TreeCollator(n_tokens), compute, accelerator, "Reference"):
+        for tensors, plan in micro_batches(pairs, TreeCollator(n_tokens), compute, "Reference"):
             logps[tensors["pair_index"]] = reference(tensors, plan)
-        tables.append(accelerator.reduce(logps, "sum"))
-    if accelerator.is_main_process:
+        tables.append(compute.accelerator.reduce(logps, "sum"))
+    if compute.accelerator.is_main_process:
         with written(path), complete_or_absent(path) as aside:
-            torch.save({"belongs_to": belongs_to, "logps": [logps.cpu() for logps in tables]}, aside)
-    return [ReferenceTable(logps) for logps in tables]
+            torch.save({"belongs_to": belongs_to, "logps": tables}, aside)
+    return tables
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def summarize(table: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
-    """Of the METRICS [n, K] of pairs, whose prompts have these keys [n]: means and their standard errors, the latter
-    over prompts, since a prompt's pairs are not independent."""
-    prompts, prompt = np.unique(keys, return_inverse=True)
-    summary = {"pairs": len(keys), "prompts": len(prompts)}
-    for name, values in zip(METRICS, table.T, strict=True):
-        mean = float(values.mean())
-        of_prompt = np.bincount(prompt, values - mean)
-        summary |= {name: mean, f"{name}_se": float(np.sqrt((of_prompt**2).sum()) / len(keys))}
-    return summary
-
-
 @torch.no_grad()
 def evaluate(
-    scorer: ResponseScorer, reference: Callable, data: PreparedData, collate: TreeCollator, compute: Compute,
-    accelerator: Accelerator, tokenizer, flags: Flags, with_answers: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    scorer: ResponseScorer, reference: Callable, pairs: Pairs, collate: TreeCollator, compute: Compute, flags: Flags
+) -> dict[str, Any]:
     """Held-out metrics of the policy as it is now: of all pairs, by domain, and by which response is the longer one.
 
     The same for any number of processes and any cut into micro-batches. Empty if no pairs are held out.
     """
-    pairs = data.held_out
     if not len(pairs):
         return {}
     scorer.eval()
     table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=compute.device)
-    for tensors, plan in micro_batches(pairs, collate, compute, accelerator, "Evaluating"):
-        logps = of_pairs(scorer(tensors, plan), tensors)
+    for tensors, plan in micro_batches(pairs, collate, compute, "Evaluating"):
+        logps = per_pair(scorer(tensors, plan), tensors)
         _, metrics = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)
         table[tensors["pair_index"]] = metrics
-    table = accelerator.reduce(table, "sum").cpu().numpy()
+    scorer.train()
+    table = compute.accelerator.reduce(table, "sum").cpu().numpy()
     longer_one = table[:, list(METRICS).index("lengths/accuracies")]
-    parts = {
+    groups = {
         "domains": {str(name): pairs.domains == name for name in sorted(set(pairs.domains)) if name},
         "lengths": {"chosen longer": longer_one == 1, "chosen shorter": longer_one == 0},
     }
     record = {f"eval_{name}": value for name, value in summarize(table, pairs.keys).items()}
-    for part, names in parts.items():
-        record[part] = {name: summarize(table[rows], pairs.keys[rows]) for name, rows in names.items() if rows.any()}
-    if with_answers and flags.max_new_tokens and accelerator.is_main_process:
-        record["answers"] = answers(scorer.model, tokenizer, pairs, data.end_ids, compute, flags.max_new_tokens)
-    scorer.train()
+    for group, parts in groups.items():
+        record[group] = {name: summarize(table[rows], pairs.keys[rows]) for name, rows in parts.items() if rows.any()}
     return record
 
 
+def summarize(table: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
+    """Means and standard errors of the METRICS of n pairs [n, K], whose prompts have these keys [n].
+
+    The standard error is over prompts, since a prompt's pairs are not independent.
+    """
+    prompts, prompt = np.unique(keys, return_inverse=True)
+    summary = {"pairs": len(keys), "prompts": len(prompts)}
+    for name, values in zip(METRICS, table.T, strict=True):
+        mean = float(values.mean())
+        sum_of_prompt = np.bincount(prompt, values - mean)
+        summary |= {name: mean, f"{name}_se": float(np.sqrt((sum_of_prompt**2).sum()) / len(keys))}
+    return summary
+
+
+@torch.no_grad()
 def answers(
-    model: PreTrainedModel, tokenizer, pairs: Pairs, end_ids: list[int], compute: Compute, max_new_tokens: int
-) -> list[dict]:
+    model: PreTrainedModel, tokenizer, data: PreparedData, compute: Compute, max_new_tokens: int
+) -> dict[str, list[dict]]:
     """What the model answers to six prompts, from as many domains as there are: greedy, one at a time.
 
     `repetition` is the share of the answer's 4-grams of tokens that stood in it before; `stopped`, whether it ended its
     turn by itself.
     """
+    pairs, end_ids = data.held_out, data.end_ids
+    if not (len(pairs) and max_new_tokens and compute.accelerator.is_main_process):
+        return {}
     _, first = np.unique(pairs.keys, return_index=True)  # one pair of each prompt
-    seen: Counter[str] = Counter()
+    before: Counter[str] = Counter()
     turns = []
     for i in sorted(first.tolist()):
-        turns.append((seen[pairs.domains[i]], i))
-        seen[pairs.domains[i]] += 1
+        turns.append((before[pairs.domains[i]], i))
+        before[pairs.domains[i]] += 1
     # The model's own generation config may ask for penalties or for sampling; a copy of the model, not of its weights,
     # has another one.
-    speaker, records = copy.copy(model), []
-    speaker.generation_config = GenerationConfig(
+    speaker, records = copy.copy(model.eval()), []
+    speaker.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=end_ids, pad_token_id=end_ids[0], max_new_tokens=max_new_tokens
     )
     for pair in pairs.read(sorted(i for _, i in sorted(turns)[:6])):
@@ -705,7 +693,8 @@ def answers(
                 "repetition": (len(grams) - len(set(grams))) / max(1, len(grams)),
             }
         )
-    return records
+    model.train()
+    return {"answers": records}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -714,27 +703,26 @@ def answers(
 
 def forward_backward(
     batches: Sequence[tuple[dict, TreePlan]], n_pairs: int, scorer: torch.nn.Module, reference: Callable,
-    accelerator: Accelerator, flags: Flags,
-) -> tuple[torch.Tensor, list[tuple]]:  # fmt: skip
+    compute: Compute, flags: Flags,
+) -> torch.Tensor:  # fmt: skip
     """The gradients of one step's loss: the mean over exactly the step's `n_pairs` pairs, however they are cut.
 
     `batches` are this process's micro-batches of the step; `n_pairs` counts the pairs of all processes.
 
-    Returns [K + 2] sums of the METRICS, of the pairs and of the tokens of this process, and the losses of the pairs.
+    Returns [K + 2] sums of the METRICS, of the pairs and of the tokens of this process.
     """
-    sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=accelerator.device)
-    losses_of_pairs = []
+    accelerator = compute.accelerator
+    sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=compute.device)
     for number, (tensors, plan) in enumerate(batches, start=1):
         with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(scorer):
-            logps = of_pairs(scorer(tensors, plan), tensors)  # [P, 2]
+            logps = per_pair(scorer(tensors, plan), tensors)  # [P, 2]
             losses, metrics = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)  # [P], [P, K]
             # DDP averages the gradients over the processes; the loss is a mean over the pairs of all of them.
             (losses.sum() * (accelerator.num_processes / n_pairs)).backward()
         sums[:-2] += metrics.sum(0)
         sums[-2] += len(losses)
         sums[-1] += tensors["input_ids"].numel() if len(losses) else 0  # fillers don't count
-        losses_of_pairs.append((tensors["pair_index"], losses.detach()))
-    return sums, losses_of_pairs
+    return sums
 
 
 def sum_over_processes(sums: torch.Tensor, grad_norm: torch.Tensor, is_asked_to_stop: bool, accelerator: Accelerator):
@@ -760,14 +748,14 @@ class Window:
         self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)]
         self.skipped_in_a_row = 0
 
-    def skip(self, rows: list[int], step: int) -> str:
+    def skip(self, step: int, rows: Sequence[int]) -> str:
         """Count a step whose gradient is not finite; returns what to say about it.
 
         Raises UserError after five in a row.
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
-        text = f"the loss or its gradient at step {step} is not finite (rows {rows[:8]} of the data)"
+        text = f"the loss or its gradient at step {step} is not finite (rows {sorted(map(int, rows))} of the data)"
         if self.skipped_in_a_row < 5:
             return f"{text}: the step was skipped, and later ones are counted in skipped_steps"
         raise UserError(
@@ -786,15 +774,6 @@ class Window:
         return line
 
 
-def rows_of_bad_step(losses: list[tuple], pairs: Pairs) -> list[int]:
-    """The rows whose loss is not finite, in all processes; all rows of the step, if only the gradient is not."""
-    index, values = (torch.cat(parts).cpu().numpy() for parts in zip(*losses, strict=True))
-    is_bad = ~np.isfinite(values)
-    found = gather_object([(pairs.rows[index].tolist(), pairs.rows[index[is_bad]].tolist())])
-    every, bad = (sorted(sum(rows, [])) for rows in zip(*found, strict=True))
-    return bad or every
-
-
 def loss_at_start(flags: Flags) -> float:
     """The loss where policy and reference agree, without the SFT term: ln 2 for sigmoid."""
     zero, one = torch.zeros(1), torch.ones(1)
@@ -802,10 +781,7 @@ def loss_at_start(flags: Flags) -> float:
 
 
 def check_first_step(line: dict[str, Any], flags: Flags) -> None:
-    """Where policy and reference are the same model, each reward is 0 and the loss known.
-
-    Raises UserError if it isn't so.
-    """
+    """Where policy and reference are the same model, each reward is 0 and the loss known. UserError if it isn't so."""
     tolerance = 10 * flags.beta * (1e-3 if flags.mixed_precision == "no" else 0.05)
     if line["loss"] is not None and max(abs(line["rewards/chosen"]), abs(line["rewards/rejected"])) > tolerance:
         expected = loss_at_start(flags) + flags.sft_weight * line["nll_loss"]
@@ -821,64 +797,25 @@ def warnings_about(line: dict[str, Any], flags: Flags, warmup_steps: int) -> Ite
     if line["loss"] is None:  # all steps were skipped
         return
     if line["step"] >= 10 and abs(line["rewards/margins"]) < 2e-4:
-        reasons = {  # the first that holds
-            "--learning_rate is 0": flags.learning_rate == 0,
-            f"the learning rate is still rising, until step {warmup_steps} (--warmup_ratio, --warmup_steps)":
-                line["step"] <= warmup_steps,
-            "the gradients are 0": line["grad_norm"] == 0,
-            f"--beta {flags.beta} is so small that the rewards, beta times log-ratio, hardly differ": flags.beta < 0.01,
-            f"--learning_rate {flags.learning_rate} hardly moves the log-probabilities; try ten times as much": True,
-        }  # fmt: skip
-        why = next(text for text, holds in reasons.items() if holds)
+        why = f"--learning_rate {flags.learning_rate} hardly moves the log-probabilities; try ten times as much"
+        if flags.learning_rate == 0:
+            why = "--learning_rate is 0"
+        elif line["step"] <= warmup_steps:
+            why = f"the learning rate is still rising, until step {warmup_steps} (--warmup_ratio, --warmup_steps)"
+        elif line["grad_norm"] == 0:
+            why = "the gradients are 0"
+        elif flags.beta < 0.01:
+            why = f"--beta {flags.beta} is so small that the rewards, beta times log-ratio, hardly differ"
         yield why, f"the loss stays where it began, at {loss_at_start(flags):.4f}: {why}"
     sunk = -line["rewards/chosen"] / flags.beta / line["lengths/chosen"]
     if sunk > 0.1:
-        yield "sinking", (
-            f"the chosen responses have become less likely than under the reference, by {sunk:.2f} nats a token (more "
-            "than 0.1): DPO raises only the margin. --sft_weight 0.1, a lower --learning_rate, fewer steps or a higher "
-            "--beta help"
-        )
+        text = f"the chosen responses have become less likely than under the reference, by {sunk:.2f} nats per token"
+        text += " (more than 0.1): DPO raises only the margin. --sft_weight 0.1, a lower --learning_rate, fewer steps "
+        yield "sinking", text + "or a higher --beta help"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run's folder, its log and its checkpoints
-
-
-def next_free_folder(name: str) -> Path:
-    """output/NAME, output/NAME-2 ..., made by this run and by no other one that starts at the same time."""
-    for folder in [Path("output", name if n == 1 else f"{name}-{n}") for n in range(1, 1000)]:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise UserError(f"output/{name}-999 is taken, too: give an --output_dir")
-
-
-def output_dir_of(flags: Flags) -> Path | None:
-    """The run's folder, if flags say which; else it will be the next free one.
-
-    Raises UserError if it holds another run, or can't be written to: a run never writes into another one's folder.
-    """
-    resume = flags.resume_from_checkpoint
-    if flags.output_dir is None and resume is None:
-        return None
-    folder = Path(flags.output_dir) if flags.output_dir else Path(resume).parent
-    is_its_own = resume == "latest" or resume and Path(resume).resolve().parent == folder.resolve()
-    used = ("metrics.jsonl", "report.md", "model.safetensors")
-    if (find_checkpoints(folder) or any((folder / name).exists() for name in used)) and not is_its_own:
-        raise UserError(f"--output_dir {folder} holds another run: give another, or --resume_from_checkpoint latest")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"--output_dir {folder} can't be written to")
-    return folder
-
-
-def make_output_dir(folder: Path | None, flags: Flags) -> Path:
-    """Made once nothing is left that often goes wrong, so that a run that could not start leaves no empty folder."""
-    if folder is None:
-        return next_free_folder("eval" if flags.eval_only else "demo" if flags.demo else "dpo")
-    with written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+# The run's folder, its checkpoints and its log
 
 
 @contextlib.contextmanager
@@ -891,25 +828,41 @@ def written(path: Path):
         raise UserError(f"{path} can't be written ({first_line(error)})") from None
 
 
-@contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write a file or a folder to; renamed once it is on the disk, else removed."""
-    aside = path.with_name(f".{path.name}.tmp")
-    remove(aside)
-    try:
-        yield aside
-        os.sync()  # contents must be on the disk before their name is
-        remove(path)
-        aside.rename(path)
-    finally:
-        remove(aside)
+def output_dir_of(flags: Flags) -> Path | None:
+    """The run's folder, if flags say which. Raises UserError if it holds another run, or can't be written to."""
+    resume = flags.resume_from_checkpoint
+    if resume in (None, "latest"):
+        folder = Path(flags.output_dir) if flags.output_dir else None
+    else:
+        folder = Path(resume).parent
+        if flags.output_dir and Path(flags.output_dir).resolve() != folder.resolve():
+            raise UserError(f"--output_dir {flags.output_dir}: {resume} isn't in it; a run goes on in its own folder")
+    if folder is None:
+        return None
+    used = ("metrics.jsonl", "report.md", "model.safetensors")
+    if not resume and (find_checkpoints(folder) or any((folder / name).exists() for name in used)):
+        raise UserError(f"--output_dir {folder} holds another run: give another, or --resume_from_checkpoint latest")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--output_dir {folder} can't be written to")
+    return folder
 
 
-def remove(path: Path) -> None:
-    """A file, a folder, or nothing."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
+def make_output_dir(folder: Path | None, flags: Flags) -> Path:
+    """The folder, if flags say which; else output/dpo, output/dpo-2 ..., which no run that starts now takes, too.
+
+    It is made once nothing is left that often goes wrong, so that a run that could not start leaves no empty folder.
+    """
+    if folder is not None:
+        with written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name = "eval" if flags.eval_only else "demo" if flags.demo else "dpo"
+    for folder in [Path("output", name if n == 1 else f"{name}-{n}") for n in range(1, 1000)]:
+        with written(folder), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise UserError(f"output/{name}-999 is taken, too: give an --output_dir")
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -918,31 +871,32 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def read_checkpoint(folder: Path, belongs_to: dict[str, Any], flags: Flags) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from, if any, and what to go on with.
+def read_checkpoint(folder: Path, belongs_to: dict[str, Any], wanted: str) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint in this folder, from which a run goes on, and its state.
 
-    Raises UserError if there is none, if it is damaged, older than another one here, or another run's.
+    Raises UserError if there is none, if another one is wanted, if it is damaged, or another run's.
     """
-    if flags.resume_from_checkpoint is None:
-        return None, {"step": 0}
     there = find_checkpoints(folder)
-    if flags.resume_from_checkpoint == "latest" and not there:
-        raise UserError(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}")
-    chosen = there[0] if flags.resume_from_checkpoint == "latest" else Path(flags.resume_from_checkpoint)
-    if chosen.resolve() in [path.resolve() for path in there[1:]]:
-        raise UserError(f"{chosen}: {there[0]} is newer and would be lost; take `latest`, or give another --output_dir")
+    if not there:
+        raise UserError(f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}")
+    newest, folders = there[0], [path.resolve() for path in there]
+    if wanted != "latest" and Path(wanted).resolve() != folders[0]:
+        why = f"{newest} is newer; take `latest`, or remove what is newer"
+        if Path(wanted).resolve() not in folders:
+            why = f"is no checkpoint; the newest in {folder} is {newest.name}"
+        raise UserError(f"--resume_from_checkpoint {wanted}: {why}")
     try:
-        state = torch.load(chosen / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
         before = state["belongs_to"]
     except Exception as error:  # whatever a file that is no archive makes torch raise
-        text = f"{chosen} is no whole checkpoint of this trainer ({first_line(error)})"
-        raise UserError(f"{text}: take `latest`, or remove it if the disk was full then") from None
+        text = f"{newest} is no whole checkpoint of this trainer ({first_line(error)})"
+        raise UserError(f"{text}: remove it if the disk was full then; `latest` is the one before") from None
     for name in belongs_to | before:  # in a fixed order, the hashes first
         if before.get(name) != belongs_to.get(name):
             hint = " (the file, the tokenizer, --max_length, --max_*_samples or --domains)" * (name == "data")
             values = f"{name}{hint} was {before.get(name)} and is {belongs_to.get(name)} now"
-            raise UserError(f"{chosen} belongs to another run: {values}")
-    return chosen, state
+            raise UserError(f"{newest} belongs to another run: {values}")
+    return newest, state
 
 
 def save_model(model: PreTrainedModel, tokenizer, end_ids: list[int], folder: Path) -> None:
@@ -950,31 +904,38 @@ def save_model(model: PreTrainedModel, tokenizer, end_ids: list[int], folder: Pa
     eos = [token for token in dict.fromkeys([*end_ids, tokenizer.eos_token_id]) if token is not None]
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = eos[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # says how to sample and not to: transformers loads that, but does not write it
+        model.generation_config.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(
-    folder: Path, state: dict, model: PreTrainedModel, tokenizer, end_ids: list[int], flags: Flags, log: "Log"
-) -> None:
+def save_checkpoint(folder: Path, state: dict, save: Callable, limit: int, log: "Log") -> None:
     """A checkpoint is complete or absent. A disk that is full costs the checkpoint, not the run."""
     final = folder / f"checkpoint-{state['step']}"
     try:
         with written(final), complete_or_absent(final) as aside:
-            save_model(model, tokenizer, end_ids, aside)
+            save(aside)
             torch.save(state, aside / "state.pt")
     except UserError as error:
         last = next((str(path) for path in find_checkpoints(folder)), "none")
         log.say(f"warning: no checkpoint at step {state['step']}: {error}; the last one: {last}")
-    for old in find_checkpoints(folder)[flags.save_total_limit :]:
+    for old in find_checkpoints(folder)[limit:]:
         remove(old)
 
 
 class Log:
     """metrics.jsonl, trackers, progress bar and printed lines of a run: all in the main process."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, step: int, total_steps: int):
-        self.path, self.accelerator, self.total_steps, self.warned = path, accelerator, total_steps, set()
+    def __init__(self, folder: Path, accelerator: Accelerator, flags: Flags, step: int, total_steps: int):
+        self.path, self.accelerator, self.flags = folder / "metrics.jsonl", accelerator, flags
+        self.total_steps, self.warned = total_steps, set()
+        if flags.report_to != "none":  # in the project "dpo", or as WANDB_PROJECT, SWANLAB_PROJECT ... says
+            config = {name: str(value) if value is None else value for name, value in without_folders(flags).items()}
+            accelerator.project_configuration.logging_dir = str(folder)
+            accelerator.init_trackers(os.environ.get(f"{flags.report_to.upper()}_PROJECT", "dpo"), config)
         self.bar = tqdm(
             total=total_steps, initial=step, disable=not (accelerator.is_main_process and sys.stderr.isatty()),
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
@@ -982,7 +943,8 @@ class Log:
 
     def say(self, text: str) -> None:
         self.bar.clear()
-        self.accelerator.print(text)
+        with contextlib.suppress(OSError):  # a closed terminal, a pipe whose reader is gone: no reason to stop
+            self.accelerator.print(text)
 
     def warn(self, name: str, text: str) -> None:
         """Say it, once in a run."""
@@ -991,7 +953,7 @@ class Log:
             self.say(f"warning: {text}")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record. Of a resumed run, too: readers forget the records of steps after the one resumed from."""
+        """Append a record. A resumed run appends, too; readers drop records of steps after the one it goes on from."""
         if not self.accelerator.is_main_process:
             return
         text = json.dumps(record | {"time": round(time.time(), 3)}, ensure_ascii=False) + "\n"
@@ -1005,8 +967,8 @@ class Log:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
         self.accelerator.log(numbers, step=record["step"])
 
-    def start(self, flags: Flags, facts: dict[str, Any]) -> None:
-        shown = {"loss_at_start": loss_at_start(flags), "flags": without_folders(flags)}
+    def start(self, facts: dict[str, Any]) -> None:
+        shown = {"loss_at_start": loss_at_start(self.flags), "flags": without_folders(self.flags)}
         self.write({"event": "start", "step": 0} | shown | facts)
 
     def training(self, line: dict[str, Any]) -> None:
@@ -1019,15 +981,13 @@ class Log:
                 more = f"margin {line['rewards/margins']:.3f}  lr {line['learning_rate']:.2e}"
                 self.say(f"step {line['step']}/{self.total_steps}  {text}  {more}")
 
-    def evaluation(self, step: int, epoch: float, found: dict[str, Any]) -> None:
-        if not found:
+    def evaluation(self, step: int, epoch: float, record: dict[str, Any]) -> None:
+        if not record:  # nothing is held out
             return
-        record = {"event": "eval", "step": step, "epoch": epoch} | found
-        self.write(record)
+        self.write({"event": "eval", "step": step, "epoch": epoch} | record)
         by_reward, by_logp = record["eval_rewards/accuracies"], record["eval_logps/accuracies"]
         text = f"loss {record['eval_loss']:.4f}  acc {by_reward:.3f} by reward, {by_logp:.3f} by logp"
-        self.say(f"step {record['step']}, held out: {text}  margin {record['eval_rewards/margins']:.3f}")
-
+        self.say(f"step {step}, held out: {text}  margin {record['eval_rewards/margins']:.3f}")
 
     def end(self, step: int) -> None:
         """The last record; then the picture and the report, and what they say in short."""
@@ -1036,7 +996,7 @@ class Log:
             try:
                 self.say("\n".join(["", *write_results(self.path.parent)]))
             except PlotError as error:
-                self.say(f"warning: no report ({error})")
+                self.say(f"warning: no report: {error}")
 
 
 class StopSignals:
@@ -1050,7 +1010,7 @@ class StopSignals:
             numbers.append(signal.SIGHUP)
         self.handlers = {number: signal.signal(number, self.note) for number in numbers}
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -1098,12 +1058,19 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise UserError(f"accelerate can't start with these flags: {first_line(error)}") from None
 
 
-def start_tracker(accelerator: Accelerator, folder: Path, flags: Flags) -> None:
-    """The project is "dpo", or as WANDB_PROJECT, SWANLAB_PROJECT ... says; in `folder`, where the tracker takes one."""
-    if flags.report_to != "none":
-        config = {name: str(value) if value is None else value for name, value in without_folders(flags).items()}
-        accelerator.project_configuration.logging_dir = str(folder)
-        accelerator.init_trackers(os.environ.get(f"{flags.report_to.upper()}_PROJECT", "dpo"), config)
+def load_data(flags: Flags, tokenizer) -> PreparedData:
+    """The pairs to train on and to hold out, as the flags select them."""
+    held_out_rows = None
+    if flags.eval_dataset_name:
+        held_out_rows = load_rows(flags.eval_dataset_name, flag="--eval_dataset_name")
+    if flags.eval_only and flags.eval_dataset_name:  # no others are needed
+        rows = held_out_rows.select([])
+    else:
+        rows = load_rows(flags.dataset_name, flags.dataset_split)
+    return prepare(
+        rows, tokenizer, flags.max_length, 0 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
+        flags.domains.split(",") if flags.domains else None, held_out_rows,
+    )  # fmt: skip
 
 
 def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, Any]:
@@ -1128,25 +1095,6 @@ def header(facts: dict[str, str], flags: Flags, tokenizer, pair: dict) -> str:
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
 
 
-def compare_models(
-    policy: PreTrainedModel, ref_model: PreTrainedModel, data: PreparedData, compute: Compute, accelerator: Accelerator,
-    tokenizer, folder: Path, flags: Flags,
-) -> None:  # fmt: skip
-    """--eval_only: logged as a run that would have begun as the reference and ended as the policy."""
-    facts = facts_of(flags, data, compute, "none: two models are compared")
-    start_tracker(accelerator, folder, flags)
-    accelerator.print(header(facts, flags, tokenizer, data.held_out.read([0])[0]))
-    log = Log(folder / "metrics.jsonl", accelerator, 0, 0)
-    log.start(flags, facts)
-    collate, reference = TreeCollator(usual_tokens(compute, flags)), ReferenceModel(ref_model, compute.dtype)
-    for model in (ref_model, policy):
-        scorer = ResponseScorer(model, compute.dtype)
-        found = evaluate(scorer, reference, data, collate, compute, accelerator, tokenizer, flags, with_answers=True)
-        log.evaluation(0, 0.0, found)
-    log.end(0)
-    accelerator.end_training()
-
-
 def train(flags: Flags) -> Path:
     """One run, from flags to files; returns the output folder."""
     # 1. This process among the others, how it computes, and the run's folder
@@ -1154,22 +1102,27 @@ def train(flags: Flags) -> Path:
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     dtype = {"bf16": torch.bfloat16, "no": torch.float32}[flags.mixed_precision]
     has_kernel = device.type == "cuda" and dtype.itemsize == 2  # FlashAttention, on a GPU, in 16 bits
-    compute = Compute(device, dtype, attend_at_once if has_kernel else attend_by_segment)
+    compute = Compute(accelerator, dtype, attend_at_once if has_kernel else attend_by_segment)
     folder = output_dir_of(flags)
     if device.type == "cpu" and not flags.demo:
         hint = "; on most CPUs --mixed_precision no is several times as fast" * (dtype != torch.float32)
         say(f"warning: torch {torch.__version__} sees no GPU (is the driver too old for it?): the CPU computes{hint}")
 
-    # 2. Rows to token ids, split by prompt
+    # 2. Rows to token ids, split by prompt; the steps that this makes
     tokenizer = load(AutoTokenizer, "--model_name_or_path", flags.model_name_or_path)
     with accelerator.local_main_process_first():
-        data = prepare(
-            load_rows(flags.dataset_name, flags.dataset_split), tokenizer, flags.max_length,
-            0 if flags.eval_only else flags.max_train_samples, flags.max_eval_samples,
-            flags.domains.split(",") if flags.domains else None,
-            load_rows(flags.eval_dataset_name) if flags.eval_dataset_name else None,
-        )  # fmt: skip
+        data = load_data(flags, tokenizer)
     any_pairs = data.train if len(data.train) else data.held_out
+    total_steps = math.ceil(flags.num_train_epochs * math.ceil(len(data.train) / flags.train_batch_size))
+    if flags.max_steps > 0:
+        total_steps = flags.max_steps
+    if flags.warmup_steps >= total_steps and not flags.eval_only:
+        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
+    warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
+    if flags.lr_scheduler_type == "constant":
+        warmup_steps = 0
+    if flags.eval_only:
+        total_steps = 0
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
@@ -1185,29 +1138,31 @@ def train(flags: Flags) -> Path:
         compute = check_model(ref_model, any_pairs, compute, flags.max_length, say)
         ref_hash = weights_hash(ref_model)
 
-    # 4. The run's folder, and the checkpoint to go on from, if any, which must belong to this run
+    # 4. The checkpoint to go on from, if any, which must belong to this run; the run's folder
     belongs_to = {"policy's start (hash)": start_hash, "reference (hash)": ref_hash}
     belongs_to |= {"data": f"{data.train.fingerprint} {data.held_out.fingerprint}"}
     settings = {"metrics": ", ".join(METRICS)}
     settings |= {f"--{name}": value for name, value in asdict(flags).items() if name not in MAY_CHANGE_ON_RESUME}
-    checkpoint, state = read_checkpoint(folder, belongs_to | settings, flags)
+    checkpoint, state = None, {"step": 0}
+    if flags.resume_from_checkpoint:
+        checkpoint, state = read_checkpoint(folder, belongs_to | settings, flags.resume_from_checkpoint)
     (folder,) = accelerate.utils.broadcast_object_list([make_output_dir(folder, flags) if is_main else None])
-    if flags.eval_only:
-        compare_models(policy, ref_model, data, compute, accelerator, tokenizer, folder, flags)
-        return folder
 
-    # 5. The reference's log-probabilities: from the model beside the policy, or from a table, and the model goes
+    # 5. The reference: the model beside the policy, or a table, and the model goes
     freeze(ref_model, dtype)
-    train_reference = eval_reference = ReferenceModel(ref_model, dtype)
+    train_reference = eval_reference = partial(from_model, ResponseScorer(ref_model, dtype))
     if flags.precompute_ref_log_probs:
-        train_reference, eval_reference = reference_tables(
+        tables = reference_tables(
             folder / "reference.pt", belongs_to | {"--mixed_precision": flags.mixed_precision},
-            (data.train, data.held_out), train_reference, usual_tokens(compute, flags), compute, accelerator,
+            (data.train, data.held_out), train_reference, usual_tokens(compute, flags), compute,
         )  # fmt: skip
+        train_reference, eval_reference = (partial(from_table, table) for table in tables)
         ref_model = None
 
     # 6. The micro-batches of each step, as large as fits
-    n_tokens = find_micro_batch_tokens(policy, ref_model, compute, accelerator, flags)
+    n_tokens = usual_tokens(compute, flags)
+    if not flags.eval_only:
+        n_tokens = find_micro_batch_tokens(policy, ref_model, compute, flags)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     collate = TreeCollator(n_tokens)
@@ -1215,12 +1170,6 @@ def train(flags: Flags) -> Path:
     steps = StepBatches(
         data.train, collate, flags.train_batch_size, flags.seed, flags.group_by_prompt, rank, n_processes
     )
-    total_steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * steps.steps_per_epoch)
-    warmup_steps = flags.warmup_steps or math.ceil(flags.warmup_ratio * total_steps)
-    if flags.lr_scheduler_type == "constant":
-        warmup_steps = 0
-    if flags.warmup_steps >= total_steps:
-        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
 
     # 7. The policy and what else changes from step to step, as they are at the start or in the checkpoint
     if checkpoint is not None:
@@ -1242,29 +1191,34 @@ def train(flags: Flags) -> Path:
 
     # 8. What is said and logged before the first step
     what = f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to {n_tokens:,} tokens"
-    facts = facts_of(flags, data, compute, f"{what}, {n_processes} process(es)")
-    say(header(facts, flags, tokenizer, data.train.read([int(steps.indices(0)[0])])[0]))
+    what = "none: two models are compared" if flags.eval_only else f"{what}, {n_processes} process(es)"
+    facts = facts_of(flags, data, compute, what)
+    say(header(facts, flags, tokenizer, any_pairs.read(steps.indices(0)[:1] if total_steps else [0])[0]))
     n_bytes = 4 * sum(weight.numel() for weight in policy.parameters())  # of the model; AdamW's moments are two more
-    if flags.save_steps and (free := shutil.disk_usage(folder).free) < n_bytes * (4 + 3 * flags.save_total_limit):
+    free, needed = shutil.disk_usage(folder).free, n_bytes * (4 + 3 * flags.save_total_limit)
+    if flags.save_steps and total_steps and free < needed:
         say(f"warning: {free / 1e9:.1f} GB are free; each of the checkpoints will take {n_bytes * 3e-9:.1f}")
-    start_tracker(accelerator, folder, flags)
-    log = Log(folder / "metrics.jsonl", accelerator, step, total_steps)
+    log = Log(folder, accelerator, flags, step, total_steps)
     stop = StopSignals(is_main)
-    evaluate_now = partial(evaluate, scorer, eval_reference, data, collate, compute, accelerator, tokenizer, flags)
-    elsewhere = checkpoint and checkpoint.parent / "metrics.jsonl"
-    if elsewhere and is_main and not log.path.exists() and elsewhere.exists():
-        shutil.copy(elsewhere, log.path)  # a run that goes on in another folder has its beginning there, too
+    if step == total_steps:
+        stop.restore()
+    save = partial(save_model, policy, tokenizer, data.end_ids)
+    evaluated = partial(
+        evaluate, reference=eval_reference, pairs=data.held_out, collate=collate, compute=compute, flags=flags
+    )
+    answered = partial(answers, tokenizer=tokenizer, data=data, compute=compute, max_new_tokens=flags.max_new_tokens)
     if checkpoint is None:
-        log.start(flags, facts | {"micro_batch_tokens": n_tokens})
-        log.evaluation(0, 0.0, evaluate_now(with_answers=True))
+        log.start(facts | {"micro_batch_tokens": n_tokens})
+        before = ResponseScorer(ref_model, dtype) if flags.eval_only else scorer
+        log.evaluation(0, 0.0, evaluated(before) | answered(before.model))
     else:
         log.write({"event": "resumed", "step": step, "checkpoint": checkpoint.name})
 
     # 9. The steps
     batches = [compute.to_device(batch) for batch in steps[step]] if step < total_steps else []
     while step < total_steps:
-        started, n_pairs = time.perf_counter(), len(steps.indices(step))
-        sums, losses = forward_backward(batches, n_pairs, trained, train_reference, accelerator, flags)
+        started, pairs_of_step = time.perf_counter(), steps.indices(step)
+        sums = forward_backward(batches, len(pairs_of_step), trained, train_reference, compute, flags)
         grad_norm = clip_grad_norm_(policy.parameters(), flags.max_grad_norm or math.inf)
         if step + 1 < total_steps:  # made while the device works
             batches = [compute.to_device(batch) for batch in steps[step + 1]]
@@ -1274,8 +1228,7 @@ def train(flags: Flags) -> Path:
             optimizer.step()
             window.add(sums)
         else:
-            rows = rows_of_bad_step(losses, data.train)  # of all processes
-            log.warn("skipped", window.skip(rows, step + 1))
+            log.warn("skipped", window.skip(step + 1, data.train.rows[pairs_of_step]))
         optimizer.zero_grad()
         scheduler.step()
         step += 1
@@ -1293,13 +1246,13 @@ def train(flags: Flags) -> Path:
             for name, text in warnings_about(line, flags, warmup_steps):
                 log.warn(name, text)
         if flags.eval_steps and step % flags.eval_steps == 0 and not is_last:
-            log.evaluation(step, epoch, evaluate_now())
+            log.evaluation(step, epoch, evaluated(scorer))
         stopping = stopping and not is_last
         if stopping or flags.save_steps and (step % flags.save_steps == 0 or is_last):
             if is_main:
                 state = {"step": step, "belongs_to": belongs_to | settings, "window": asdict(window),
                          "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}  # fmt: skip
-                save_checkpoint(folder, state, policy, tokenizer, data.end_ids, flags, log)
+                save_checkpoint(folder, state, save, flags.save_total_limit, log)
             accelerator.wait_for_everyone()
         log.bar.update()
         if stopping:
@@ -1309,11 +1262,11 @@ def train(flags: Flags) -> Path:
 
     # 10. The trained model, and what has become of it
     log.bar.close()
-    stop.give_back()
-    if is_main:
+    stop.restore()
+    if is_main and not flags.eval_only:
         with written(folder):
-            save_model(policy, tokenizer, data.end_ids, folder)
-    log.evaluation(step, step / steps.steps_per_epoch, evaluate_now(with_answers=True))
+            save(folder)
+    log.evaluation(step, step / max(1, steps.steps_per_epoch), evaluated(scorer) | answered(policy))
     log.end(step)
     accelerator.end_training()
     return folder
@@ -1338,7 +1291,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         text = "stopped"
     if text:
-        print(f"dpo_train.py{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(f"dpo_train.py{'' if rank == '0' else f' (process {rank})'}: {text}", file=sys.stderr)
     return 1
 
 

@@ -17,6 +17,8 @@ from torch.nn.functional import logsigmoid
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dataset import UserError
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of the pairs
 
@@ -215,13 +217,13 @@ class TreePlan:
     of a response its prompt's and then its own: [prompt | prompt, response 1 | prompt, response 2 ...].
     """
 
+    attend: Callable  # `attend_by_segment` or `attend_at_once`
     key_index: torch.Tensor  # [K] position in the row of each of these keys
     n_queries: list[int]  # [S] tokens of each segment
     n_keys: list[int]  # [S] tokens that its last token sees
-    attend: Callable  # one of the two functions below
-    masks: list[torch.Tensor | None]  # [S] for `attend_by_segment`
-    query_ends: torch.Tensor  # [S + 1], and
-    key_ends: torch.Tensor  # [S + 1] sums from 0, for `attend_at_once`
+    masks: list[torch.Tensor | None]  # [S] of [queries, keys], for `attend_by_segment`
+    query_ends: torch.Tensor  # [S + 1] sums of n_queries from 0, and
+    key_ends: torch.Tensor  # [S + 1] of n_keys, for `attend_at_once`
 
 
 def plan_attention(
@@ -232,13 +234,17 @@ def plan_attention(
     n_queries, n_keys, masks = [end - start for start, end, _, _ in segments], [len(index) for index in keys], []
     if attend is attend_by_segment:
         for own, seen in zip(n_queries, n_keys, strict=True):
-            is_later = torch.ones(own, seen, dtype=torch.bool, device=device).triu(seen - own + 1)
-            is_prompt = own == seen  # plainly causal: no mask
-            masks.append(None if is_prompt else torch.zeros(own, seen, dtype=dtype, device=device).masked_fill_(
-                is_later, torch.finfo(dtype).min))  # fmt: skip
-    numbers = torch.from_numpy(np.concatenate([*keys, [0], np.cumsum(n_queries), [0], np.cumsum(n_keys)])).to(device)
-    key_index, query_ends, key_ends = numbers.split([sum(n_keys), len(segments) + 1, len(segments) + 1])
-    return TreePlan(key_index, n_queries, n_keys, attend, masks, query_ends.int(), key_ends.int())
+            never = torch.full((own, seen), torch.finfo(dtype).min, dtype=dtype, device=device)
+            masks.append(never.triu(seen - own + 1) if own < seen else None)  # a prompt's is plainly causal
+    index, query_ends, key_ends = (
+        torch.from_numpy(array).to(device)
+        for array in (np.concatenate(keys), np.cumsum([0, *n_queries]), np.cumsum([0, *n_keys]))
+    )
+    return TreePlan(attend, index, n_queries, n_keys, masks, query_ends.int(), key_ends.int())
+
+
+# What transformers may hand to an attention without changing what it computes here.
+HARMLESS = ("position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states")
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **others):
@@ -247,15 +253,15 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
     transformers calls this in each layer, with query [1, heads, T, D] and key and value [1, key heads, T, D], and hands
     `tree` through. Without it, when generating, it is sdpa. Returns [1, T, heads, D].
 
-    Raises NotImplementedError for an attention that is more than softmax(q k) v, or that looks back less far.
+    Raises UserError for an attention that is more than softmax(q k) v, or that looks back less far.
     """
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     window = others.pop("sliding_window", None)
     if window is not None and window < max(tree.n_keys):
-        raise NotImplementedError(f"a layer of it looks back {window} tokens only, a pair has {max(tree.n_keys)}")
+        raise UserError(f"a layer of the model looks back {window} tokens only, a pair has {max(tree.n_keys)}")
     if unknown := [name for name, given in others.items() if given is not None and name not in HARMLESS]:
-        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which is not understood here")
+        raise UserError(f"the model's attention has {', '.join(unknown)}, which is not understood here")
     # A prompt's keys get a gradient from each of its responses. Gathered before they are rounded to the dtype of the
     # scores, these are summed in float32.
     exact, dtype = torch.promote_types(value.dtype, torch.float32), value.dtype
@@ -263,7 +269,6 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
     return tree.attend(tree, query.to(dtype), keys, values, scaling), None
 
 
-HARMLESS = ("position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states")
 AttentionInterface.register("tree", tree_attention)
 
 
@@ -277,6 +282,10 @@ def attend_by_segment(tree: TreePlan, query, keys, values, scaling) -> torch.Ten
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
+# FlashAttention takes fewer key heads as they come; torch's function asks to be told so from 2.13 on.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 def attend_at_once(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor:
     """On a GPU, in 16 bits: all segments in one call of FlashAttention. Each run checks it before it trains."""
     query, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, keys, values))  # [T, heads, D]
@@ -284,7 +293,3 @@ def attend_at_once(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor
         query, keys, values, tree.query_ends, tree.key_ends, max(tree.n_queries), max(tree.n_keys),
         scale=scaling, window_size=(-1, 0), **GROUPED,
     )[None]  # fmt: skip
-
-
-# FlashAttention takes fewer key heads as they come; torch's function asks to be told so from 2.13 on.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

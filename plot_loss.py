@@ -13,17 +13,18 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean, median
-
-LOG_NAMES = ("metrics.jsonl", "trainer_state.json")
+from typing import Any
 
 # Okabe and Ito's colors, which color-blind readers can tell apart
 BLACK, BLUE, VERMILLION, GREY = "#000000", "#0072B2", "#D55E00", "#595959"
-RUN_COLORS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLACK)  # in a picture of several runs
 
 REWARDS, LOGPS = "rewards (nats, β included)", "log-probability (nats)"
 CURVES = (  # panel, label, field of the log, color in a picture of one run, line or points
@@ -45,7 +46,7 @@ LABELS = {  # of metrics in the report; one that is not here goes by its name in
     "nll_loss": "negative log-likelihood of chosen (nats a token)",
     "lengths/accuracies": "accuracy of “the longer one is better”",
 }
-HEADLINES = ("loss", "rewards/accuracies", "logps/accuracies", "rewards/margins")  # in the terminal and by domain
+HEADLINES = ("loss", "rewards/accuracies", "logps/accuracies", "rewards/margins")  # of each domain
 
 
 class PlotError(Exception):
@@ -53,37 +54,48 @@ class PlotError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# The log of a run
 
 
 @dataclass
 class Run:
     """What a run has logged."""
 
-    name: str
+    name: str  # of its folder
     folder: Path
-    start: dict  # the record of its start: data, device, versions; empty if another program wrote the log
-    flags: dict  # of that record
-    records: list[dict]  # those that count, in the file's order
-    last_step: int
-    series: dict[str, dict[int, float]]  # the values of a curve's field by rising steps
-    evaluations: list[dict]  # metrics by their names without eval_; domains, lengths and answers
-    loss_at_start: float | None  # the loss where policy and reference agree; None if it is no DPO run
-    seconds: float  # from the first record to the last, without the pauses before a resume
+    records: list[dict[str, Any]]  # those that count, in the log's order; each has a step
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record.get("event") == event]
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The record of its start: flags, data, device, versions; empty if another program wrote the log."""
+        return next(iter(self.events("start")), {})
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it trained nothing (--eval_only): there are no curves."""
+        return self.start.get("flags", {}).get("eval_only", False)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Their records, with metrics named without eval_, as they are in `domains` and `lengths`."""
+        return [{name.removeprefix("eval_"): x for name, x in record.items()} for record in self.events("eval")]
+
+    def series(self, field: str) -> dict[int, float]:
+        """The field's values by rising steps. Where a step was logged twice, the last time counts."""
+        values = {int(record["step"]): record[field] for record in self.records if is_number(record.get(field))}
+        return dict(sorted(values.items()))
 
 
-def find_log(path):
-    """The log that a RUN argument means: the file itself, or the one in the folder or in its newest checkpoint."""
-    checkpoints = sorted(path.glob("checkpoint-[1-9]*"), key=lambda p: (len(p.name), p.name), reverse=True)
-    logs = [folder / name for folder in [path, *checkpoints] for name in LOG_NAMES]
-    for log in [path, *logs]:
-        if log.is_file():
-            return log
-    raise PlotError(f"{path}: neither a log nor a folder with {' or '.join(LOG_NAMES)}")
+def is_number(value: Any) -> bool:
+    """Whether it can be drawn: not null, text, NaN, Infinity or absurdly large."""
+    return isinstance(value, int | float) and abs(value) < 1e100
 
 
-def parse(text):
-    """The JSON object that the text is; empty if it is none."""
+def parse(text: str) -> dict[str, Any]:
+    """The JSON object that the text is; empty if it is none, as the last line of a run that was killed may be."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -91,252 +103,219 @@ def parse(text):
     return value if isinstance(value, dict) else {}
 
 
-def read_records(log):
-    """The JSON objects of a log, in the file's order."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    history = parse(text).get("log_history")
-    if isinstance(history, list):  # HF's trainer_state.json, one document
-        return [record for record in history if isinstance(record, dict)]
+def read_run(path: Path) -> Run:
+    """Read the log of a run (folder or file). Raises PlotError if there is none, or nothing in it to draw."""
+    with named(path):
+        states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda state: (len(str(state)), state))
+        logs = [path, path / "metrics.jsonl", path / "trainer_state.json", *reversed(states)]
+        log = next((log for log in logs if log.is_file()), None)
+        if log is None:
+            raise PlotError(f"{path}: neither a log nor a folder with metrics.jsonl or trainer_state.json")
+        text = log.read_text(encoding="utf-8-sig", errors="replace")
     lines = text.split("\n")
-    records = [parse(line) for line in lines]
-    # The last line may be half-written: the run was killed, or is writing it now
-    broken = [i + 1 for i, line in enumerate(lines[:-1]) if line.strip() and not records[i]]
-    if broken and any(records):
-        print(f"warning: {log}, line {broken[0]}: no JSON object ({len(broken)} such lines skipped)", file=sys.stderr)
-    return records
-
-
-def number(value):
-    """The value as a float, or None if it cannot be drawn: null, text, NaN, Infinity, absurdly large."""
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else None
-
-
-def read_run(path):
-    """Read the log of a run (folder or file). Where a step was logged twice, the last time counts."""
-    path = Path(path)
-    log = find_log(path)
-    start, records, seconds, time_before = {}, [], 0.0, None
-    for record in read_records(log):
-        step, time, event = number(record.get("step")), number(record.get("time")), record.get("event")
-        if event == "start":
-            start = record
-        if time is not None:
-            if time_before is not None and event not in ("start", "resumed"):
-                seconds += max(0.0, time - time_before)
-            time_before = time
-        if step is not None:
-            if event == "resumed":  # what was logged beyond this step belongs to lost weights
-                records = [old for old in records if old["step"] <= step]
-            records.append(record)
-
-    series = {}
-    for _, _, field, _, _ in CURVES:
-        logged = [record for record in records if number(record.get(field)) is not None]
-        if logged:
-            logged.sort(key=lambda record: record["step"])
-            series[field] = {int(record["step"]): float(record[field]) for record in logged}
-    if not series:
+    logged = parse(text).get("log_history")  # of HF's trainer_state.json, one document
+    if not isinstance(logged, list):
+        logged = [parse(line) for line in lines]
+        broken = [i for i, line in enumerate(lines[:-1]) if line.strip() and not logged[i]]
+        if broken and any(logged):
+            print(f"warning: {log}: no JSON object in line {broken[0] + 1} ({len(broken)} such lines)", file=sys.stderr)
+    records: list[dict[str, Any]] = []
+    for record in logged:
+        if not isinstance(record, dict) or not is_number(record.get("step")):
+            continue
+        if record.get("event") == "resumed":  # what was logged beyond this step belongs to lost weights
+            records = [old for old in records if old["step"] <= record["step"]]
+        records.append(record)
+    folder = path if path.is_dir() else path.parent
+    name = folder.resolve().name.encode(errors="replace").decode()  # not each is UTF-8
+    run = Run(name, folder, records)
+    if not any(run.series(field) for _, _, field, _, _ in CURVES):
         expected = "one JSON object a line with `step` and `loss`, or HF's log_history"
         raise PlotError(f"{log}: nothing to draw yet, or not a training log; expected {expected}")
-    evaluations = [
-        {group: record.get(group) or {} for group in ("domains", "lengths", "answers")}
-        | {
-            field.removeprefix("eval_"): value
-            for field, value in record.items()
-            if field.startswith("eval_") and number(value) is not None
-        }
-        for record in records
-        if record.get("event") == "eval"
-    ]
-    loss_at_start = number(start.get("loss_at_start"))
-    if loss_at_start is None and any("rewards/" in field for field in series):
-        loss_at_start = math.log(2)  # older logs and TRL's do not say it
-    folder = path if path.is_dir() else path.parent
-    name = folder.resolve().name.encode(errors="replace").decode()  # not every folder's name is UTF-8
-    flags, last_step = start.get("flags") or {}, int(records[-1]["step"])
-    return Run(name, folder, start, flags, records, last_step, series, evaluations, loss_at_start, seconds)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A path to write to instead; in the end, the new file replaces an older one whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PlotError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report
+# Files, complete or absent
 
 
-def write_report(run):
-    """Write `report.md`: how the run went in words, then in numbers; answers before and after; how it was made."""
-    if "data" not in run.start:
-        raise PlotError(f"{run.folder}: no report, since the log does not say how the run started")
-    model, data = run.flags.get("model_name_or_path", run.name), run.flags.get("dataset_name", "?")
-    if run.flags.get("eval_only"):
-        lines = [f"# {inline(run.flags['ref_model_name_or_path'])} (before) and {inline(model)} (after)"]
-        picture = []
-    else:
-        lines = [f"# {inline(model)} on {inline(data)}, {run.last_step} steps"]
-        picture = ["", "![Loss, accuracy, rewards and log-probabilities over the steps](loss.png)"]
-    lines += ["", *(f"- {sentence}" for sentence in judgement(run)), *picture]
+@contextlib.contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write a file or a folder to, which replaces what stands at `path` in the end.
+
+    After an error, `path` is as it was, and nothing is left beside it.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    remove(aside)  # of a process that was killed
+    try:
+        yield aside
+        if hasattr(os, "sync"):  # not on Windows
+            os.sync()  # contents must be on the disk before their name is
+        if aside.is_dir():
+            remove(path)
+        os.replace(aside, path)
+    finally:
+        remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or nothing."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Raises PlotError, which names the path, where the disk refuses what is done inside."""
+    try:
+        yield
+    except OSError as error:
+        raise PlotError(f"{path}: {error.strerror or error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: how the run went in words, then in numbers
+
+
+def report(run: Run) -> Iterator[str]:
+    """The lines of report.md, from top to bottom."""
+    start, flags = run.start, run.start["flags"]
+    title = f"{flags['model_name_or_path']} on {flags['dataset_name']}, {run.records[-1]['step']} steps"
+    if run.is_comparison:
+        title = f"{flags['ref_model_name_or_path']} (before) and {flags['model_name_or_path']} (after)"
+    yield from [f"# {title}", "", *(f"- {sentence}" for sentence in judgement(run))]
+    if not run.is_comparison:
+        yield from ["", "![Loss, accuracy, rewards and log-probabilities over the steps](loss.png)"]
     if len(run.evaluations) > 1:
         before, after = run.evaluations[0], run.evaluations[-1]
-        lines += ["", "## Held-out pairs", "", *metrics_table(before, after, after)]
-        lines += ["", "± is one standard error over prompts.", "", *groups_table(before, after)]
-        lines += answers_side_by_side(before, after)
-    lines += ["", "## How it was made", "", *settings(run)]
-    with replacing(run.folder / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        yield from tables(before, after)
+        if before.get("answers") and after.get("answers"):
+            yield from answers_side_by_side(before["answers"], after["answers"])
+    yield from ["", "## How it was made", ""]
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+    yield from fenced(" ".join(["python dpo_train.py", *given]), "sh")
+    yield from ["", *fenced(start["data"], "text"), ""]
+    seconds = sum(new["time"] - old["time"] for old, new in pairwise(run.records) if new.get("event") != "resumed")
+    facts = [f"{seconds / 60:.1f} minutes"]
+    if speeds := run.series("pairs_per_second").values():
+        facts += [f"{median(speeds):.3g} pairs/s", f"micro-batches of {start['micro_batch_tokens']} tokens"]
+    yield ", ".join([*facts, start["device"], start["versions"]]) + "."
 
 
-def judgement(run):
+def judgement(run: Run) -> Iterator[str]:
     """How the run went, in sentences, by its first and its last evaluation."""
-    if not any(record.get("event") == "end" for record in run.records):
-        yield f"**The run is not finished**: its log ends at step {run.last_step}."
+    if not run.events("end"):
+        yield f"**The run is not finished**: its log ends at step {run.records[-1]['step']}."
     if len(run.evaluations) < 2:
         yield f"Held-out pairs were evaluated {len(run.evaluations)} times: nothing to compare."
         return
     before, after = run.evaluations[0], run.evaluations[-1]
-    if "loss" not in before or "loss" not in after:
+    if not is_number(before["loss"]) or not is_number(after["loss"]):
         yield "**The held-out loss is not a number**: train again with a lower `--learning_rate`."
         return
     change = after["loss"] - before["loss"]
-    if abs(change) <= 2 * math.hypot(before.get("loss_se", 0), after.get("loss_se", 0)):
+    verdict = "The held-out loss fell:" if change < 0 else "**The held-out loss rose**:"
+    if abs(change) <= 2 * math.hypot(before["loss_se"], after["loss_se"]):
         verdict = "The held-out loss has hardly changed (by two standard errors or less):"
-    else:
-        verdict = "The held-out loss fell:" if change < 0 else "**The held-out loss rose**:"
     yield f"{verdict} {arrow(before, after, 'loss')}; accuracy {arrow(before, after, 'rewards/accuracies')}."
-    if before["answers"] and after["answers"]:
-        yield from judge_answers(before, after)
-    yield from judge_last_step(run, after)
-    if "lengths/accuracies" in after:
-        longer, model = shown(after, "lengths/accuracies"), with_error(after, "rewards/accuracies")
-        yield f"“The longer one is better” is right in {longer} of the pairs, the model in {model}."
-    if "nll_loss" in before and "nll_loss" in after:
-        old, new = -before["nll_loss"], -after["nll_loss"]
-        verb = "rose" if new >= old else "fell" if new > old - 0.1 else "**fell far** (`--sft_weight 0.1` may help)"
-        yield f"The chosen responses' log-probability per token {verb}: {old:.3f} → {new:.3f} nats."
+    if before.get("answers") and after.get("answers"):
+        yield from judge_answers(before["answers"], after["answers"], is_loss_better=change < 0)
+    yield from judge_last_step(run.series("eval_loss"), after["loss_se"])
+    longer, model = shown(after, "lengths/accuracies"), with_error(after, "rewards/accuracies")
+    yield f"“The longer one is better” is right in {longer} of the pairs, the model in {model}."
+    old, new = -before["nll_loss"], -after["nll_loss"]
+    verb = "fell" if new < old else "rose" if new >= old else "is not a number"
+    verb = "**fell far** (`--sft_weight 0.1` may help)" if new <= old - 0.1 else verb
+    yield f"The chosen responses' log-probability per token {verb}: {old:.3f} → {new:.3f} nats."
     yield (
         "Accuracy alone says little once the policy is far from the reference (https://arxiv.org/abs/2405.19534): "
         "read the answers."
     )
 
 
-def judge_answers(before, after):
+def judge_answers(before: list[dict], after: list[dict], is_loss_better: bool) -> Iterator[str]:
     """A better loss does not mean better answers."""
     facts = ("n_tokens", "stopped", "repetition")
-    old, new = ({fact: fmean(answer[fact] for answer in side["answers"]) for fact in facts} for side in (before, after))
+    old, new = ({fact: fmean(answer[fact] for answer in answers) for fact in facts} for answers in (before, after))
+    old_openings, new_openings = (len({answer["answer"][:8] for answer in answers}) for answers in (before, after))
     worse = []
     if new["repetition"] > 0.1 and new["repetition"] >= 2 * old["repetition"]:
         worse.append("they repeat themselves")
     if old["stopped"] > 0 and new["stopped"] <= 0.8 * old["stopped"] + 1e-9:
         worse.append("fewer come to an end")
-    old_starts, new_starts = (len({answer["answer"][:8] for answer in side["answers"]}) for side in (before, after))
-    if new_starts <= old_starts / 2:  # refusals, for instance, which no other figure shows
-        worse.append(f"they begin in {new_starts} ways, no longer in {old_starts}")
+    if new_openings <= old_openings / 2:  # refusals, for instance, which no other figure shows
+        worse.append(f"they begin in {new_openings} ways, no longer in {old_openings}")
     if worse:
-        but = "Although the loss is better, the" if after["loss"] < before["loss"] else "The"
+        but = "Although the loss is better, the" if is_loss_better else "The"
         yield f"**{but} answers got worse: {' and '.join(worse)}.** Try a lower `--learning_rate` or fewer steps."
     yield (
-        f"Answers to {len(after['answers'])} held-out prompts: {old['n_tokens']:.0f} → {new['n_tokens']:.0f} tokens; "
+        f"Answers to {len(after)} held-out prompts: {old['n_tokens']:.0f} → {new['n_tokens']:.0f} tokens; "
         f"{old['stopped']:.0%} → {new['stopped']:.0%} ended by themselves; "
         f"{old['repetition']:.0%} → {new['repetition']:.0%} of their 4-grams repeated."
     )
 
 
-def judge_last_step(run, after):
+def judge_last_step(losses: dict[int, float], error: float) -> Iterator[str]:
     """Whether the held-out loss was lower before the end."""
-    losses = run.series["eval_loss"]
     best, last = min(losses, key=losses.get), max(losses)
     rise = losses[last] - losses[best]
-    if rise > after.get("loss_se", 0):
-        kept = [path.name.removeprefix("checkpoint-") for path in run.folder.glob("checkpoint-*")]
-        nearest = min((int(n) for n in kept if n.isdecimal()), key=lambda step: abs(step - best), default=last)
+    if rise > error:
         yield (
             f"**It has gone too far**: the held-out loss was lowest at step {best}, {losses[best]:.4f}; the last is "
             f"higher by {rise:.4f}, more than a standard error. Train with fewer steps or a lower `--learning_rate`"
-            + (f", or take checkpoint-{nearest}." if abs(nearest - best) < last - best else ".")
+            + (", or take a checkpoint near that step." if best > 0 else ".")
         )
     elif len(losses) > 2:
         yield f"The held-out loss was lowest at step {best} of {last}: {losses[best]:.4f}."
 
 
-def shown(metrics, name):
-    value = number(metrics.get(name))
-    return "–" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+def tables(before: dict, after: dict) -> Iterator[str]:
+    """Of all pairs, one row for each metric; one row for each domain, and by which response is the longer one."""
+    yield from ["", "## Held-out pairs", ""]
+    yield f"| {after['pairs']} pairs of {after['prompts']} prompts | before | after |"
+    yield "|---|---:|---:|"
+    for name in after:
+        if f"{name}_se" in after:
+            yield f"| {LABELS.get(name, name)} | {with_error(before, name)} | {with_error(after, name)} |"
+    yield from ["", "± is one standard error over prompts.", ""]
+    yield "| before → after | pairs | " + " | ".join(LABELS[name] for name in HEADLINES) + " |"
+    yield "|---|---:|" + "---:|" * len(HEADLINES)
+    for part in ("domains", "lengths"):
+        for group, new in after[part].items():
+            cells = [arrow(before[part][group], new, name) for name in HEADLINES]
+            yield f"| {group.replace('|', '/')} | {new['pairs']} | {' | '.join(cells)} |"
 
 
-def with_error(metrics, name):
+def answers_side_by_side(before: list[dict], after: list[dict]) -> Iterator[str]:
+    yield from ["", "## Answers to held-out prompts (greedy)"]
+    for old, new in zip(before, after, strict=True):
+        yield from ["", f"### {old['domain'] or 'Prompt'}"]
+        texts = {"Prompt": old["prompt"], "Before": old["answer"], "After": new["answer"]}
+        for name, text in (texts | {"Preferred in the data": old["chosen"]}).items():
+            yield from ["", f"**{name}**", "", *fenced(text, "text")]
+
+
+def shown(metrics: dict, name: str) -> str:
+    value = metrics[name]
+    return "–" if not is_number(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def with_error(metrics: dict, name: str) -> str:
     """The metric ± its standard error, where it has one above 0."""
     value, error = shown(metrics, name), shown(metrics, f"{name}_se")
-    return value if value == "–" or error in ("–", "0.0000") else f"{value} ± {error}"
+    return value if "–" in (value, error) or error == "0.0000" else f"{value} ± {error}"
 
 
-def arrow(before, after, name):
+def arrow(before: dict, after: dict, name: str) -> str:
     return f"{shown(before, name)} → {with_error(after, name)}"
 
 
-def metrics_table(before, after, names):
-    """Before and after, one row for each of these metrics."""
-    lines = [f"| {after['pairs']} pairs of {after['prompts']} prompts | before | after |", "|---|---:|---:|"]
-    no_metrics = ("pairs", "prompts", "domains", "lengths", "answers")
-    for name in names:
-        if name in before and name in after and name not in no_metrics and not name.endswith("_se"):
-            cells = [LABELS.get(name, inline(name)), with_error(before, name), with_error(after, name)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def groups_table(before, after):
-    """One row for each domain, and for the pairs whose chosen response is the longer or the shorter one."""
-    lines = ["| before → after | pairs | " + " | ".join(LABELS.get(name, name) for name in HEADLINES) + " |"]
-    lines += ["|---|---:|" + "---:|" * len(HEADLINES)]
-    for group in ("domains", "lengths"):
-        for name, new in after[group].items():
-            cells = [arrow(before[group].get(name, {}), new, metric) for metric in HEADLINES]
-            lines.append(f"| {inline(name) or '(no domain)'} | {new['pairs']} | {' | '.join(cells)} |")
-    return lines
-
-
-def answers_side_by_side(before, after):
-    lines = []
-    for old, new in zip(before["answers"], after["answers"], strict=False):
-        lines += ["", f"### {inline(old['domain']) or 'Prompt'}"]
-        texts = {"Prompt": old["prompt"], "Before": old["answer"], "After": new["answer"]}
-        for name, text in (texts | {"Preferred in the data": old["chosen"]}).items():
-            lines += ["", f"**{name}**", "", *fenced(text, "text")]
-    return ["", "## Answers to held-out prompts (greedy)", *lines] if lines else []
-
-
-def settings(run):
-    """The command, the data, the time and the machine."""
-    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in run.flags.items() if value is not None]
-    yield from fenced(" ".join(["python dpo_train.py", *flags]), "sh")
-    yield from ["", *fenced(str(run.start["data"]), "text"), ""]
-    speeds = [record["pairs_per_second"] for record in run.records if number(record.get("pairs_per_second"))]
-    minutes = run.seconds / 60
-    facts = [f"{minutes:.1f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"]
-    facts += [f"{median(speeds):.3g} pairs/s"] if speeds else []
-    facts += [f"micro-batches of {run.start['micro_batch_tokens']} tokens"] if "micro_batch_tokens" in run.start else []
-    facts += [inline(run.start[name]) for name in ("device", "versions") if name in run.start]
-    yield ", ".join(facts) + "."
-
-
-def inline(text):
-    """For a heading or a table's cell, which a line break or a bar would break."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def fenced(text, kind):
+def fenced(text: str, kind: str) -> list[str]:
     """A block that no backticks in the text can end."""
-    fence = next("`" * n for n in range(3, len(text) + 4) if "`" * n not in text)
+    fence = "```"
+    while fence in text:
+        fence += "`"
     return [fence + kind, text, fence]
 
 
@@ -358,9 +337,8 @@ CHINESE_FONTS = (  # Noto's file of all languages has the name ... JP in older v
 )  # fmt: skip
 
 
-def plot_runs(runs, output):
-    """Draw the runs into one PNG, SVG or PDF (by suffix)."""
-    output = Path(output)
+def plot_runs(runs: list[Run], output: Path) -> None:
+    """Draw the runs into one picture. Raises PlotError if its name has no known suffix, or it cannot be written."""
     suffix = output.suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise PlotError(f"{output}: a picture's name ends in .png, .svg or .pdf")
@@ -370,125 +348,98 @@ def plot_runs(runs, output):
 
     installed = font_manager.get_font_names()
     fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed), "sans-serif"]
-    with style.context(["default", STYLE, {"font.family": fonts}]), warnings.catch_warnings():
+    with style.context(["default", "petroff10", STYLE, {"font.family": fonts}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # no Chinese font: a folder's name is boxes
         figure = Figure(dpi=200, layout="constrained")
         draw(figure, runs)
-        with replacing(output) as temporary:
-            figure.savefig(temporary, format=suffix[1:])
+        with named(output), complete_or_absent(output) as aside:
+            figure.savefig(aside, format=suffix[1:])
 
 
-def draw(figure, runs):
+def draw(figure, runs: list[Run]) -> None:
     """Fill the figure: panels in two columns, with a legend each; the names of the runs above."""
-    titles = list(dict.fromkeys(panel for panel, *_ in CURVES))
+    curves = [curve for curve in CURVES if any(run.series(curve[2]) for run in runs)]
+    titles = list(dict.fromkeys(panel for panel, *_ in curves))
     n_rows = math.ceil(len(titles) / 2)
     figure.set_size_inches(8, 3 * n_rows + 0.2 * (len(runs) - 1))
-    panels = dict(zip(titles, figure.subplots(n_rows, 2, sharex=True).flat, strict=False))
-    for unused in figure.axes[len(titles) :]:
-        unused.remove()
+    panels = {title: figure.add_subplot(n_rows, 2, place) for place, title in enumerate(titles, start=1)}
     several = len(runs) > 1
-    run_colors = [RUN_COLORS[i % len(RUN_COLORS)] for i in range(len(runs))]
-    for panel, label, field, curve_color, look in CURVES:
-        for run, run_color in zip(runs, run_colors, strict=True):
-            if field in run.series:
-                draw_curve(panels[panel], run.series[field], run_color if several else curve_color, look)
-        if any(field in run.series for run in runs):
-            panels[panel].plot([], [], look, color=BLACK if several else curve_color, label=label)  # for the legend
-
-    # Where DPO starts: the policy still is the reference model
-    starts = {round(run.loss_at_start, 6) for run in runs if run.loss_at_start is not None}
-    if len(starts) == 1:
-        start = starts.pop()
-        label = "ln 2" if start == round(math.log(2), 6) else f"start {start:.4f}"
-        panels["loss"].axhline(start, label=label, color=GREY, linewidth=1, zorder=1.5)
-    if panels["accuracy"].lines:
-        panels["accuracy"].axhline(0.5, label="chance", color=GREY, linewidth=1, zorder=1.5)
-
+    for panel, label, field, color, look in curves:
+        panels[panel].plot([], [], look, color=BLACK if several else color, label=label)  # for the legend
+        for i, run in enumerate(runs):
+            draw_curve(panels[panel], run.series(field), f"C{i}" if several else color, look)
+    thin = {"color": GREY, "linewidth": 1, "zorder": 1.5}
+    if "loss" in panels and "accuracy" in panels:  # these are DPO's
+        panels["accuracy"].axhline(0.5, label="chance", **thin)
+        for start in sorted({round(run.start.get("loss_at_start", math.log(2)), 4) for run in runs}):
+            panels["loss"].axhline(start, label="ln 2" if start == 0.6931 else f"start {start}", **thin)
     for title, axes in panels.items():
         axes.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
-        axes.set_title(title if axes.lines else f"{title}: not logged", pad=24)
-        if axes.lines:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=3)  # below the title, above the curves
+        axes.set_title(title, pad=24)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=3)  # below the title, above the curves
     figure.supxlabel("step (thin lines: as logged)", fontsize=12)
     if several:
-        handles = [panels["loss"].plot([], [], color=color)[0] for color in run_colors]
+        handles = [figure.axes[0].plot([], [], color=f"C{i}")[0] for i in range(len(runs))]
         figure.legend(handles, [run.name for run in runs], loc="outside upper center")
     else:
         figure.suptitle(runs[0].name, fontsize=12, color=GREY)
 
 
-def draw_curve(axes, points, color, look):
+def draw_curve(axes, points: dict[int, float], color: str, look: str) -> None:
     """One curve of one run. A long one is smoothed, with the logged values pale behind it."""
     steps, values = list(points), list(points.values())
     if look != "o" and len(values) < 10:
         look = "." + look
     elif look != "o":
         axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
-        values = smooth(values)
+        rate = 1 / max(2.5, 0.03 * len(values))
+        values = list(accumulate(values, lambda average, value: average + rate * (value - average)))
     axes.plot(steps, values, look, color=color)
-
-
-def smooth(values):
-    """Exponential moving average over about 3% of the values, but at least two; it begins with the first value."""
-    decay = math.exp(-1 / max(2, 0.03 * len(values)))
-    averages, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = decay * total + value
-        weight = decay * weight + 1
-        averages.append(total / weight)
-    return averages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # At a run's end, and by hand
 
 
-def write_results(folder):
-    """Write report.md and loss.png of the run in this folder; returns how it went, as lines for the terminal.
+def write_results(path: Path) -> list[str]:
+    """Write report.md and loss.png of a run (folder or log); returns how it went, in sentences for the terminal.
 
-    Raises PlotError if there can be no report; a picture that fails is only one of the lines.
+    Raises PlotError if the log cannot be read or the report not be written; a picture that fails is one more sentence.
     """
-    try:
-        run = read_run(folder)
-    except OSError as error:
-        raise PlotError(f"{folder}: the log cannot be read ({error.strerror})") from None
-    write_report(run)
-    lines = [sentence.replace("**", "") for sentence in judgement(run)]
-    if len(run.evaluations) > 1:
-        lines += ["", *metrics_table(run.evaluations[0], run.evaluations[-1], HEADLINES)]
-    if not run.flags.get("eval_only"):
+    run, sentences = read_run(path), ["no report: the log does not say how the run started"]
+    if "flags" in run.start:
+        report_file = run.folder / "report.md"
+        with named(report_file), complete_or_absent(report_file) as aside:
+            aside.write_text("\n".join([*report(run), ""]), encoding="utf-8", errors="replace")
+        sentences = [sentence.replace("**", "") for sentence in judgement(run)]
+    if not run.is_comparison:
         try:
             plot_runs([run], run.folder / "loss.png")
-        except (PlotError, OSError, ImportError) as error:
-            lines += ["", f"warning: no picture ({error})"]
-    return lines
+        except PlotError as error:
+            sentences.append(f"warning: no picture: {error}")
+    return sentences
 
 
-def main(argv=None):
-    """The command line; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output folder, or its log file")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="only a picture: .png, .svg or .pdf (default: "
-                        "loss.png in the run's folder; for several runs, in the current folder)")  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", type=Path, help="a picture and no report: .png, .svg or .pdf (for "
+                        "several runs without it: loss.png in the current folder)")  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
-        runs = [read_run(path) for path in arguments.runs]
-        if len({run.name for run in runs}) < len(runs):
-            for run, path in zip(runs, arguments.runs, strict=True):
-                run.name = str(path)
-        folder = runs[0].folder if len(runs) == 1 else Path()
-        output = arguments.output or folder / "loss.png"
-        plot_runs(runs, output)
-        print(output)
-        if len(runs) == 1 and "data" in runs[0].start and not arguments.output:  # an older log says too little
-            write_report(runs[0])
-            print(folder / "report.md")
-    except (PlotError, OSError) as error:
-        print(f"plot_loss.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        if len(arguments.runs) == 1 and arguments.output is None:
+            print("\n".join(write_results(arguments.runs[0])))
+        else:
+            runs, output = [read_run(path) for path in arguments.runs], arguments.output or Path("loss.png")
+            if len({run.name for run in runs}) < len(runs):
+                for run, path in zip(runs, arguments.runs, strict=True):
+                    run.name = str(path).encode(errors="replace").decode()
+            plot_runs(runs, output)
+            print(output)
+    except PlotError as error:
+        sys.exit(f"plot_loss.py: {error}")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not fit the terminal
-    sys.exit(main())
+    main()

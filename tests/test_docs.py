@@ -15,7 +15,6 @@ from pathlib import Path
 
 import benchmark
 import pytest
-import study_order
 
 import plot_loss
 from dpo_train import Flags
@@ -149,7 +148,7 @@ def test_chinese_paragraphs_are_one_line_each(page):
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_flags_exist(page, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
-    for script in (plot_loss, benchmark, study_order):
+    for script in (plot_loss, benchmark):
         with contextlib.suppress(SystemExit):
             script.main()
     flags = {field.name for field in fields(Flags)} | set(re.findall(r"--(\w+)", capsys.readouterr().out)) | OTHER_TOOLS

@@ -6,10 +6,11 @@ autograd knows no CUDA.
 
 import contextlib
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
+from test_tree import compute_as
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 import loss
 from dataset import StepBatches, TreeCollator, load_rows, prepare
-from dpo_train import Compute, Flags, ReferenceModel, ReferenceTable, forward_backward, freeze, load_model
+from dpo_train import Compute, Flags, forward_backward, freeze, from_model, from_table, load_model
 from loss import ResponseScorer, attend_at_once, attend_by_segment
 
 CUDA = torch.device("cuda", 0)
@@ -83,20 +84,20 @@ def step(policy, reference, steps, compute, with_table=False):
         freeze(reference, compute.dtype)
     for model in (policy, reference):
         model.to_empty(device=compute.device).tie_weights()
-    reference = ReferenceModel(reference, compute.dtype)
+    reference = partial(from_model, ResponseScorer(reference, compute.dtype))
     if with_table:
-        reference = ReferenceTable(torch.zeros(len(steps.pairs), 2, dtype=torch.float64, device=compute.device))
+        table = torch.zeros(len(steps.pairs), 2, dtype=torch.float64, device=compute.device)
+        reference = partial(from_table, table)
     optimizer = torch.optim.AdamW(policy.parameters(), fused=compute.device.type == "cuda")
     batches = [compute.to_device(batch) for batch in steps[0]]
-    accelerator = SimpleNamespace(device=compute.device, num_processes=1, no_sync=lambda _: contextlib.nullcontext())
     scorer = ResponseScorer(policy.train(), compute.dtype)
-    sums, losses = forward_backward(batches, 4, scorer, reference, accelerator, Flags())
+    sums = forward_backward(batches, 4, scorer, reference, compute, Flags())
     if compute.device.type == "cuda":
         for weight in policy.parameters():
             weight.grad = torch.zeros_like(weight)
     torch.nn.utils.clip_grad_norm_(policy.parameters(), math.inf)
     optimizer.step()
-    assert len(batches) > 1 and {sums.device, *(pairs[1].device for pairs in losses)} == {compute.device}
+    assert len(batches) > 1 and sums.device == compute.device
     assert all(weight.grad.device == compute.device for weight in policy.parameters())
 
 
@@ -107,7 +108,7 @@ def step(policy, reference, steps, compute, with_table=False):
 def test_a_step_stays_on_the_gpu_and_computes_in_its_precision(parts, monkeypatch, dtype, attend, with_table):
     monkeypatch.setattr(torch.Tensor, "backward", no_backward)
     with FakeTensorMode(allow_non_fake_inputs=True), OneDevice() as seen:
-        step(*parts, Compute(CUDA, dtype, attend), with_table)
+        step(*parts, compute_as(attend, dtype, CUDA), with_table)
     assert seen.dtypes["mm"] == {dtype} and ("_varlen_attn" in seen.dtypes) == (attend is attend_at_once)
 
 
@@ -115,7 +116,7 @@ def test_a_step_stays_on_the_gpu_and_computes_in_its_precision(parts, monkeypatc
 def test_a_backward_pass_stays_on_its_device(parts, attend):
     """On `meta`, whose tensors no operator mixes with those of the host."""
     with OneDevice():
-        step(*parts, Compute(torch.device("meta"), torch.float32, attend))
+        step(*parts, compute_as(attend, torch.float32, torch.device("meta")))
 
 
 @pytest.mark.parametrize("name", ["position_ids", "predictor_index", "target_ids", "response_index", "chosen_index"])
@@ -130,4 +131,4 @@ def test_what_is_left_on_the_host_is_found(parts, monkeypatch, name):
     monkeypatch.setattr(torch.Tensor, "backward", no_backward)
     found = pytest.raises((AssertionError, RuntimeError), match="cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), OneDevice(), found:
-        step(*parts, Compute(CUDA, torch.bfloat16, attend_at_once))
+        step(*parts, compute_as(attend_at_once, torch.bfloat16, CUDA))

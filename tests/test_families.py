@@ -8,12 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_tree import CPU, N_WORDS, PAIRS, emulated_varlen_attn, error, make_pairs, step_by_rows, step_by_trees
+from test_tree import (
+    CPU,
+    N_WORDS,
+    PAIRS,
+    compute_as,
+    emulated_varlen_attn,
+    error,
+    make_pairs,
+    step_by_rows,
+    step_by_trees,
+)
 from transformers import AutoModelForCausalLM
 
 import loss
 from dataset import TreeCollator, UserError
-from dpo_train import Compute, check_model
+from dpo_train import check_model
 from loss import attend_at_once, attend_by_segment, plan_attention, tree_attention
 
 SMALL = {
@@ -41,8 +51,8 @@ REFUSED = [  # what would be trained in silence is refused for the right reason;
     ("Mistral", {"sliding_window": 64}, SHORT),
     ("Gemma3Text", {"sliding_window": 64}, SHORT),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, SHORT),
-    ("Gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 8}, "its attention has softcap"),
-    ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096}, "its attention has s_aux"),
+    ("Gemma2", {"sliding_window": 4096, "query_pre_attn_scalar": 8}, "attention has softcap"),
+    ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096}, "attention has s_aux"),
     ("Bloom", {"n_layer": 2, "n_head": 4}, ""),
     ("Cohere", {"logit_scale": 0.5}, DIFFER),
     ("Granite", {"logits_scaling": 2.0}, DIFFER),
@@ -68,17 +78,17 @@ def make_model(name, changes, seed=0):
 
 
 def check(model, dtype=torch.float32, attend=attend_by_segment, max_length=128):
-    given, said = Compute(CPU, dtype, attend), []
+    given, said = compute_as(attend, dtype), []
     found = check_model(model, SimpleNamespace(read=lambda _: make_pairs()[:1]), given, max_length, said.append)
-    assert (found == given) == (not said)
-    return found, said[0] if said else None
+    assert (found == given) == (not said) and found.dtype == dtype
+    return found.attend, said[0] if said else None
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_and_trains_as_separate_rows(name):
     policy, reference = (make_model(name, ACCEPTED[name], seed) for seed in (0, 1))
     for dtype in (torch.float32, torch.bfloat16):
-        assert check(policy, dtype) == (Compute(CPU, dtype, attend_by_segment), None)
+        assert check(policy, dtype) == (attend_by_segment, None)
     pairs = PAIRS[:5]
     expected = step_by_rows(policy, reference, pairs)
     assert error(step_by_trees(policy, reference, pairs, TreeCollator(40)), expected) < 1e-5
@@ -102,7 +112,7 @@ def test_an_attention_with_an_unknown_keyword_is_refused():
     plan = plan_attention([(0, 2, 0, 0)], CPU, torch.float32, attend_by_segment)
     states = torch.zeros(3, 1, 1, 2, 8)
     assert tree_attention(None, *states, None, tree=plan, is_causal=True, new_thing=None)[0].shape == (1, 2, 1, 8)
-    with pytest.raises(NotImplementedError, match="its attention has new_thing, which is not understood"):
+    with pytest.raises(UserError, match="model's attention has new_thing, which is not understood"):
         tree_attention(None, *states, None, tree=plan, new_thing=1)
 
 
@@ -130,8 +140,8 @@ WRONG = {  # what the warning says
 @pytest.mark.parametrize("kernel, reason", WRONG.values(), ids=WRONG)
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, kernel, reason):
     monkeypatch.setattr(loss, "varlen_attn", kernel)
-    found, warning = check(make_model("Qwen2", {}), torch.bfloat16, attend_at_once)
-    assert found.attend is attend_by_segment and found.dtype == torch.bfloat16
+    attend, warning = check(make_model("Qwen2", {}), torch.bfloat16, attend_at_once)
+    assert attend is attend_by_segment
     assert f"FlashAttention can't be used ({reason}" in warning and "attention goes segment by segment" in warning
 
 

@@ -156,6 +156,35 @@ def test_only_the_products_are_bf16(monkeypatch):
         assert (a - b).norm() < 1e-2 * b.norm() and ((a - b) * b).sum().abs() < 1e-3 * (b * b).sum()
 
 
+@pytest.mark.parametrize("n_tokens, n_words, hidden_size", [(128, 8192, 256), (256, 151_936, 896)])
+def test_gradients_of_the_head_in_bf16_have_no_bias(n_tokens, n_words, hidden_size, request, monkeypatch):
+    """Against float32, by the number of tiles. Signed: how much too long the gradient is along itself, and the mean of
+    the errors in units of the mean magnitude; relative: the norm of the error. The larger one is Qwen2.5-0.5B's."""
+    if n_words > 10_000:
+        request.getfixturevalue("slow")
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n_tokens, hidden_size, generator=random)
+    weight = 0.02 * torch.randn(n_words, hidden_size, generator=random)
+    targets = torch.randint(n_words, (n_tokens,), generator=random)
+    response = torch.arange(n_tokens) // (n_tokens // 8)
+    signs = torch.tensor([0.0625, -0.0625]).repeat(4)  # chosen up, rejected down; by what bf16 holds exactly
+
+    def gradients(dtype, n_tiles) -> list[torch.Tensor]:
+        monkeypatch.setattr(loss, "TILE_WORDS", n_words // n_tiles + 1)
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        (response_logps(*leaves, targets, response, 8, dtype) * signs).sum().backward()
+        return [leaf.grad.double() for leaf in leaves]
+
+    exact = gradients(torch.float32, 1)
+    for n_tiles in (1, 19, 149):
+        for name, right, rough in zip(("hidden", "weight"), exact, gradients(torch.bfloat16, n_tiles), strict=True):
+            error = rough - right
+            along, mean = (error * right).sum() / right.pow(2).sum(), error.mean() / right.abs().mean()
+            relative = error.norm() / right.norm()
+            print(f"{n_tiles} tiles, gradient of {name}: signed {along:.1e}, mean {mean:.1e}, relative {relative:.1e}")
+            assert abs(along) < 3e-4 and abs(mean) < 3e-4 and relative < 5e-3
+
+
 class LargestTensor(TorchDispatchMode):
     n_elements = 0
 

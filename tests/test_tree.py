@@ -6,6 +6,7 @@ What a micro-batch looks like is shown by the example of `TreeCollator`, which i
 import contextlib
 import copy
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +16,17 @@ from conftest import tiny_qwen2
 
 import loss
 from dataset import StepBatches, TreeCollator, UserError, epoch_order
-from dpo_train import Compute, Flags, ReferenceModel, forward_backward
+from dpo_train import Compute, Flags, forward_backward, from_model
 from loss import ResponseScorer, attend_at_once, attend_by_segment, dpo_loss, plan_attention, tree_attention
 
 CPU, N_WORDS, SIDES = torch.device("cpu"), 60, ("chosen_ids", "rejected_ids")
+
+
+def compute_as(attend, dtype=torch.float32, device=CPU, n_processes=1):
+    accelerator = SimpleNamespace(
+        device=device, num_processes=n_processes, no_sync=lambda scorer: contextlib.nullcontext()
+    )
+    return Compute(accelerator, dtype, attend)
 
 
 def make_pairs(n_prompts=5, seed=0):
@@ -57,12 +65,12 @@ def step_by_rows(model, reference, pairs):
 
 def train(model, reference, batches, n_pairs, n_processes=1, attend=attend_by_segment):
     """One process's part of a step, as in training: adds to the gradients, returns the sums."""
-    accelerator = SimpleNamespace(device=CPU, num_processes=n_processes, no_sync=lambda _: contextlib.nullcontext())
     for one in (model, reference):
         one.set_attn_implementation("tree")
-    loaded = [Compute(CPU, torch.float32, attend).to_device(batch) for batch in batches]
-    scorers = ResponseScorer(model, torch.float32), ReferenceModel(reference, torch.float32)
-    return forward_backward(loaded, n_pairs, *scorers, accelerator, Flags())[0]
+    compute = compute_as(attend, n_processes=n_processes)
+    loaded = [compute.to_device(batch) for batch in batches]
+    scorer, ref_scorer = ResponseScorer(model, torch.float32), ResponseScorer(reference, torch.float32)
+    return forward_backward(loaded, n_pairs, scorer, partial(from_model, ref_scorer), compute, Flags())
 
 
 def step_by_trees(model, reference, pairs, collate, n_processes=1, attend=attend_by_segment, change=lambda batch: None):
