@@ -318,6 +318,7 @@ class Encoder:
         prompt, *responses = (tokenize(self.tokenizer, text) for text in self.render(triple))
         is_plain = isinstance(triple.prompt, str)
         prompt = self.bos_ids + prompt if is_plain else prompt
+        refuse_if(not prompt, "prompt: empty")
         end_id = self.end_ids[is_plain]
         # What a template writes after its end-of-turn ("\n") belongs to the next turn.
         responses = [[*takewhile(lambda token: token != end_id, ids), end_id] for ids in responses]
