@@ -97,7 +97,8 @@ def choose_files(path: Path, split: str) -> tuple[list[Path], str]:
         return [path], path.name
     names = sorted(glob.glob("**/*.*", root_dir=path, recursive=True))  # hidden files are not among them
     names = [name for name in names if (path / name).is_file() and not name.endswith(".md")]
-    chosen = [name for name in names if name.endswith(FILES) and not name.endswith(NO_ROWS) and split_of(name) == split]
+    with_rows = [name for name in names if name.endswith(FILES) and Path(name).name not in NO_ROWS]
+    chosen = [name for name in with_rows if split_of(name) == split]
     left_out = ", ".join(name for name in names if name not in chosen)
     not_read = f"; not read: {shorten(left_out, 200)}" if left_out else ""
     if not chosen:
@@ -696,9 +697,9 @@ class TreeCollator:
         Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
         trees = [part for tree in grow_trees(pairs) for part in cut(tree, self.micro_batch_tokens)]
-        n_groups = math.ceil(sum(map(len, trees)) / (self.micro_batch_tokens * n_processes)) * n_processes
+        n_groups = math.ceil(count(trees) / (self.micro_batch_tokens * n_processes)) * n_processes
         groups = spread(trees, n_groups)
-        while sum(map(len, groups[0])) > self.micro_batch_tokens:
+        while count(groups[0]) > self.micro_batch_tokens:  # the fullest one
             n_groups += n_processes
             groups = spread(trees, n_groups)
         batches = [lay_out(group) for group in groups if group]
@@ -713,8 +714,14 @@ class Tree:
     responses: dict[bytes, np.ndarray] = field(default_factory=dict)
     pairs: list[tuple[int, bytes, bytes]] = field(default_factory=list)
 
-    def __len__(self) -> int:
+    @property
+    def n_tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses.values()))
+
+
+def count(trees: list[Tree]) -> int:
+    """Their tokens."""
+    return sum(tree.n_tokens for tree in trees)
 
 
 def grow_trees(pairs: Sequence[dict]) -> list[Tree]:
@@ -735,7 +742,7 @@ def cut(tree: Tree, most_tokens: int) -> list[Tree]:
         part = parts[-1]
         # The pair that adds the fewest tokens is next: where a tree must be cut, the parts have little in common.
         added = [sum(len(tree.responses[key]) for key in pair[1:] if key not in part.responses) for pair in left]
-        n_tokens = len(part) + min(added)
+        n_tokens = part.n_tokens + min(added)
         if n_tokens <= most_tokens:
             pair = left.pop(added.index(min(added)))
             part.pairs.append(pair)
@@ -750,10 +757,10 @@ def cut(tree: Tree, most_tokens: int) -> list[Tree]:
 def spread(trees: list[Tree], n_groups: int) -> list[list[Tree]]:
     """Trees in evenly filled groups, the fullest first: the longest tree goes first, each to the emptiest group."""
     groups, totals = [[] for _ in range(n_groups)], [0] * n_groups
-    for tree in sorted(trees, key=len, reverse=True):
+    for tree in sorted(trees, key=lambda tree: tree.n_tokens, reverse=True):
         emptiest = totals.index(min(totals))
         groups[emptiest].append(tree)
-        totals[emptiest] += len(tree)
+        totals[emptiest] += tree.n_tokens
     return [groups[i] for i in np.argsort(-np.array(totals), kind="stable")]
 
 
