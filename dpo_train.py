@@ -318,24 +318,6 @@ def probe_pair(pairs: Pairs, length: int) -> dict:
     return {"index": 0, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-class Probe(NamedTuple):
-    """What is compared of a pair."""
-
-    logps: torch.Tensor  # [2] log-probabilities of a pair's responses, in nats
-    gradients: Sequence[torch.Tensor]  # of their sum
-
-
-def probe(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> Probe:
-    """A pair's log-probabilities by one of the two functions below, and gradients of a few weights: the embedding, one
-    matrix of each kind from the middle of the model, and the last weight."""
-    weights = list(model.parameters())
-    matrices = [weight for weight in weights if weight.dim() > 1]
-    middle = len(matrices) // 2
-    some = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
-    logps = logps_of(pair, model, compute)
-    return Probe(logps.detach().double(), torch.autograd.grad(logps.sum(), some, materialize_grads=True))
-
-
 def logps_by_rows(pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
     """[2] log-probabilities of the pair's responses by the model's own logits, one row at a time."""
     logps = []
@@ -361,32 +343,57 @@ def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     return float(torch.stack(errors).max())
 
 
-def fault_of_tree(short: dict, long: dict, model: PreTrainedModel, tested: Compute, exact: Compute) -> str | None:
-    """What is wrong with a pair over a token tree, computed as `tested` says; None if nothing is.
+def gradients(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> Sequence[torch.Tensor]:
+    """Gradients of the pair's summed log-probabilities, for the embedding, one matrix of each kind from the middle of
+    the model, and the last weight."""
+    weights = list(model.parameters())
+    matrices = [weight for weight in weights if weight.dim() > 1]
+    middle = len(matrices) // 2
+    some = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
+    return torch.autograd.grad(logps_of(pair, model, compute).sum(), some, materialize_grads=True)
 
-    The short pair is compared with plain rows by the model's own logits and its "eager" attention, computed as `exact`
-    says. In 16 bits, gradients may be off by a few times what rounding does to those of plain rows. The long pair need
-    only not raise anything.
+
+@torch.no_grad()
+def without_gradient(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
+    return logps_of(pair, model, compute).double()
+
+
+class Rows(NamedTuple):
+    """What plain rows give, by the model's own logits and its "eager" attention, in float32."""
+
+    logps: torch.Tensor  # [2] of the long pair, in nats
+    gradients: Sequence[torch.Tensor]  # of the short pair
+    rounding: float  # the relative error of these gradients in the run's precision
+
+
+def measure_rows(short: dict, long: dict, model: PreTrainedModel, compute: Compute, exact: Compute) -> Rows:
+    model.set_attn_implementation("eager")
+    logps, expected = without_gradient(logps_by_rows, long, model, exact), gradients(logps_by_rows, short, model, exact)
+    rounding = 0.0
+    if compute.dtype != exact.dtype:
+        rounding = relative_error(gradients(logps_by_rows, short, model, compute), expected)
+    model.set_attn_implementation("tree")
+    return Rows(logps, expected, rounding)
+
+
+def fault_of_tree(short: dict, long: dict, model: PreTrainedModel, tested: Compute, rows: Rows) -> str | None:
+    """What is wrong over a token tree, computed as `tested` says, in comparison with plain rows; None if nothing is.
+
+    In 16 bits, gradients may be off by a few times what rounding does to those of the rows.
     """
     try:
-        model.set_attn_implementation("eager")
-        expected, rounded = (probe(logps_by_rows, short, model, compute) for compute in (exact, tested))
-        model.set_attn_implementation("tree")
-        found = probe(logps_by_tree, short, model, tested)
-        with torch.no_grad():
-            logps_by_tree(long, model, tested)
+        logps = without_gradient(logps_by_tree, long, model, tested)
+        error = relative_error(gradients(logps_by_tree, short, model, tested), rows.gradients)
     except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
         if is_out_of_memory(error):
             raise
         return first_line(error)
     share_of_logp, nats, share_of_gradient = 2e-5, 1e-2, 1e-3
     if tested.dtype != torch.float32:
-        share_of_logp, nats = 5e-3, 0.5
-        share_of_gradient = 0.02 + 3 * relative_error(rounded.gradients, expected.gradients)
-    if not torch.allclose(found.logps, expected.logps, rtol=share_of_logp, atol=nats):
-        texts = [", ".join(f"{value:.3f}" for value in values) for values in (found.logps, expected.logps)]
+        share_of_logp, nats, share_of_gradient = 5e-3, 0.5, 0.02 + 3 * rows.rounding
+    if not torch.allclose(logps, rows.logps, rtol=share_of_logp, atol=nats):
+        texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, rows.logps)]
         return f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
-    error = relative_error(found.gradients, expected.gradients)
     if not error <= share_of_gradient:  # also if it is nan
         return f"gradients over shared prompts are {error:.1%} off its own"
     return None
@@ -405,13 +412,19 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
     short = probe_pair(pairs, min(max_length, 512))  # several tiles of an attention kernel
     long = probe_pair(pairs, max_length)
     exact = compute._replace(dtype=torch.float32, attend=attend_by_segment)
-    fault = fault_of_tree(short, long, model, exact, exact)
+    try:
+        rows = measure_rows(short, long, model, compute, exact)
+        fault = fault_of_tree(short, long, model, exact, rows)
+    except Exception as error:  # of a model that can't be run row by row either
+        if is_out_of_memory(error):
+            raise
+        fault = first_line(error)
     if not fault and compute != exact:
-        fault = fault_of_tree(short, long, model, compute, exact)
+        fault = fault_of_tree(short, long, model, compute, rows)
         if fault and compute.attend is attend_at_once:
             say(f"warning: FlashAttention can't be used ({fault}): attention goes segment by segment, which is slower")
             compute = compute._replace(attend=attend_by_segment)
-            fault = fault_of_tree(short, long, model, compute, exact)
+            fault = fault_of_tree(short, long, model, compute, rows)
     if fault:
         raise UserError(
             f"{type(model).__name__} can't be trained here: {fault}. What works are decoders with plain attention, "
