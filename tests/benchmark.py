@@ -98,7 +98,7 @@ PARTS = {  # of --gpu
     "core": (20, ["defaults"]),
     "more": (8, ["8192 tokens", "ours checkpointing", "ours precomputed", "ours, spread out", "16384 tokens, 256 pairs",
                  "32768 tokens, 256 pairs", "in 16 GiB", "in 12 GiB, checkpointing"]),
-    "trl": (5, ["ours", "trl 8 checkpointing", "ours checkpointing", "trl 8"]),
+    "trl": (5, ["ours", "trl 8 checkpointing", "ours checkpointing", "trl 32 checkpointing", "trl 8"]),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
