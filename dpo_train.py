@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -36,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import accelerate
 import datasets
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 import transformers
@@ -343,57 +343,43 @@ def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     return float(torch.stack(errors).max())
 
 
-def gradients(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> Sequence[torch.Tensor]:
-    """Gradients of the pair's summed log-probabilities, for the embedding, one matrix of each kind from the middle of
-    the model, and the last weight."""
+class Probed(NamedTuple):
+    logps: torch.Tensor  # [2] of the long pair, in nats
+    gradients: Sequence[torch.Tensor]  # of the short pair's summed log-probabilities
+
+
+def probe(logps_of: Callable, short: dict, long: dict, model: PreTrainedModel, compute: Compute) -> Probed:
+    """What there is to compare. The gradients are of the embedding, of one matrix of each kind from the middle of the
+    model, and of the last weight."""
+    with torch.no_grad():
+        logps = logps_of(long, model, compute).double()
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.dim() > 1]
     middle = len(matrices) // 2
     some = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
-    return torch.autograd.grad(logps_of(pair, model, compute).sum(), some, materialize_grads=True)
+    return Probed(logps, torch.autograd.grad(logps_of(short, model, compute).sum(), some, materialize_grads=True))
 
 
-@torch.no_grad()
-def without_gradient(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> torch.Tensor:
-    return logps_of(pair, model, compute).double()
-
-
-class Rows(NamedTuple):
-    """What plain rows give, by the model's own logits and its "eager" attention, in float32."""
-
-    logps: torch.Tensor  # [2] of the long pair, in nats
-    gradients: Sequence[torch.Tensor]  # of the short pair
-    rounding: float  # the relative error of these gradients in the run's precision
-
-
-def measure_rows(short: dict, long: dict, model: PreTrainedModel, compute: Compute, exact: Compute) -> Rows:
-    model.set_attn_implementation("eager")
-    logps, expected = without_gradient(logps_by_rows, long, model, exact), gradients(logps_by_rows, short, model, exact)
-    rounding = 0.0
-    if compute.dtype != exact.dtype:
-        rounding = relative_error(gradients(logps_by_rows, short, model, compute), expected)
-    model.set_attn_implementation("tree")
-    return Rows(logps, expected, rounding)
-
-
-def fault_of_tree(short: dict, long: dict, model: PreTrainedModel, tested: Compute, rows: Rows) -> str | None:
+def fault_of_tree(
+    short: dict, long: dict, model: PreTrainedModel, tested: Compute, own: Probed, rounding: float
+) -> str | None:
     """What is wrong over a token tree, computed as `tested` says, in comparison with plain rows; None if nothing is.
 
-    In 16 bits, gradients may be off by a few times what rounding does to those of the rows.
+    In 16 bits, gradients may be off by a few times `rounding`, what it does to those of the rows.
     """
     try:
-        logps = without_gradient(logps_by_tree, long, model, tested)
-        error = relative_error(gradients(logps_by_tree, short, model, tested), rows.gradients)
+        found = probe(logps_by_tree, short, long, model, tested)
     except Exception as error:  # whatever a model's or a kernel's forward or backward pass raises
         if is_out_of_memory(error):
             raise
         return first_line(error)
     share_of_logp, nats, share_of_gradient = 2e-5, 1e-2, 1e-3
     if tested.dtype != torch.float32:
-        share_of_logp, nats, share_of_gradient = 5e-3, 0.5, 0.02 + 3 * rows.rounding
-    if not torch.allclose(logps, rows.logps, rtol=share_of_logp, atol=nats):
-        texts = [", ".join(f"{value:.3f}" for value in values) for values in (logps, rows.logps)]
+        share_of_logp, nats, share_of_gradient = 5e-3, 0.5, 0.02 + 3 * rounding
+    if not torch.allclose(found.logps, own.logps, rtol=share_of_logp, atol=nats):
+        texts = [", ".join(f"{value:.3f}" for value in values) for values in (found.logps, own.logps)]
         return f"log-probabilities over shared prompts ({texts[0]}) differ from its own ({texts[1]})"
+    error = relative_error(found.gradients, own.gradients)
     if not error <= share_of_gradient:  # also if it is nan
         return f"gradients over shared prompts are {error:.1%} off its own"
     return None
@@ -402,7 +388,9 @@ def fault_of_tree(short: dict, long: dict, model: PreTrainedModel, tested: Compu
 def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int, say: Callable) -> Compute:
     """Check that the log-probabilities and the gradients which this model has over a token tree are its own.
 
-    They are not if its attention is of another kind, or if its logits are more than hidden states times LM head.
+    Its own are those of plain rows, by its own logits and "eager" attention, in float32. Others come out over a tree if
+    its attention is of another kind, or if its logits are more than hidden states times LM head.
+
     Returns how to compute: where the kernel for GPUs is wrong, that is said, and segments are taken. Raises UserError
     for a model that can't be trained here.
     """
@@ -413,18 +401,23 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
     long = probe_pair(pairs, max_length)
     exact = compute._replace(dtype=torch.float32, attend=attend_by_segment)
     try:
-        rows = measure_rows(short, long, model, compute, exact)
-        fault = fault_of_tree(short, long, model, exact, rows)
+        model.set_attn_implementation("eager")
+        own, rounding = probe(logps_by_rows, short, long, model, exact), 0.0
+        if compute.dtype != exact.dtype:
+            rounded = probe(logps_by_rows, short, long, model, compute)
+            rounding = relative_error(rounded.gradients, own.gradients)
+        model.set_attn_implementation("tree")
+        fault = fault_of_tree(short, long, model, exact, own, rounding)
     except Exception as error:  # of a model that can't be run row by row either
         if is_out_of_memory(error):
             raise
         fault = first_line(error)
     if not fault and compute != exact:
-        fault = fault_of_tree(short, long, model, compute, rows)
+        fault = fault_of_tree(short, long, model, compute, own, rounding)
         if fault and compute.attend is attend_at_once:
             say(f"warning: FlashAttention can't be used ({fault}): attention goes segment by segment, which is slower")
             compute = compute._replace(attend=attend_by_segment)
-            fault = fault_of_tree(short, long, model, compute, rows)
+            fault = fault_of_tree(short, long, model, compute, own, rounding)
     if fault:
         raise UserError(
             f"{type(model).__name__} can't be trained here: {fault}. What works are decoders with plain attention, "
@@ -683,19 +676,15 @@ def answers(
     pairs, end_ids = data.held_out, data.end_ids
     if not (len(pairs) and max_new_tokens and compute.accelerator.is_main_process):
         return {}
-    _, first = np.unique(pairs.keys, return_index=True)  # one pair of each prompt
-    before: Counter[str] = Counter()
-    turns = []
-    for i in sorted(first.tolist()):
-        turns.append((before[pairs.domains[i]], i))
-        before[pairs.domains[i]] += 1
+    prompts = pd.DataFrame({"prompt": pairs.keys, "domain": pairs.domains}).drop_duplicates("prompt")
+    in_turns = prompts.groupby("domain").cumcount().sort_values(kind="stable")  # first ones first
     # The model's own generation config may ask for penalties or for sampling; a copy of the model, not of its weights,
     # has another one.
     speaker, records = copy.copy(model.eval()), []
     speaker.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=end_ids, pad_token_id=end_ids[0], max_new_tokens=max_new_tokens
     )
-    for pair in pairs.read(sorted(i for _, i in sorted(turns)[:6])):
+    for pair in pairs.read(sorted(in_turns.index[:6])):
         prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=compute.device)[None]
         with autocast(compute.device, compute.dtype):
             output = speaker.generate(prompt, attention_mask=torch.ones_like(prompt))
@@ -1092,6 +1081,21 @@ def load_data(flags: Flags, tokenizer) -> PreparedData:
     )  # fmt: skip
 
 
+def count_steps(n_pairs: int, flags: Flags) -> tuple[int, int]:
+    """How many steps the run has, and in how many of them the learning rate rises."""
+    if flags.eval_only:
+        return 0, 0
+    per_epoch = math.ceil(n_pairs / flags.train_batch_size)
+    total = math.ceil(round(flags.num_train_epochs * per_epoch, 6))  # 1.1 * 100 is a little more than 110
+    if flags.max_steps > 0:
+        total = flags.max_steps
+    if flags.warmup_steps >= total:
+        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total} steps")
+    if flags.lr_scheduler_type == "constant":
+        return total, 0
+    return total, flags.warmup_steps or min(math.ceil(flags.warmup_ratio * total), total - 1)
+
+
 def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, Any]:
     """What will be trained, on what, how."""
     shown = without_folders(flags)
@@ -1132,17 +1136,7 @@ def train(flags: Flags) -> Path:
     with accelerator.local_main_process_first():
         data = load_data(flags, tokenizer)
     any_pairs = data.train if len(data.train) else data.held_out
-    steps_per_epoch = math.ceil(len(data.train) / flags.train_batch_size)
-    total_steps = math.ceil(round(flags.num_train_epochs * steps_per_epoch, 6))  # 1.1 * 100 is a little more than 110
-    if flags.max_steps > 0:
-        total_steps = flags.max_steps
-    if flags.warmup_steps >= total_steps and not flags.eval_only:
-        raise UserError(f"--warmup_steps {flags.warmup_steps}: the run has only {total_steps} steps")
-    warmup_steps = flags.warmup_steps or min(math.ceil(flags.warmup_ratio * total_steps), total_steps - 1)
-    if flags.lr_scheduler_type == "constant":
-        warmup_steps = 0
-    if flags.eval_only:
-        total_steps = 0
+    total_steps, warmup_steps = count_steps(len(data.train), flags)
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
