@@ -782,17 +782,18 @@ class Window:
         return line
 
 
-def loss_at_start(flags: Flags) -> float:
-    """The loss where policy and reference agree, without the SFT term: ln 2 for sigmoid."""
+def loss_at_start(flags: Flags, nll_loss: float = 0.0) -> float:
+    """The loss where policy and reference agree: ln 2 for sigmoid, and the SFT term, for this `nll_loss`."""
     zero, one = torch.zeros(1), torch.ones(1)
-    return dpo_loss(zero, zero, zero, zero, one, one, flags.beta, flags.label_smoothing, flags.loss_type)[0].item()
+    losses, *_ = dpo_loss(zero, zero, zero, zero, one, one, flags.beta, flags.label_smoothing, flags.loss_type)
+    return losses.item() + flags.sft_weight * nll_loss
 
 
 def check_first_step(line: dict[str, Any], flags: Flags) -> None:
     """Where policy and reference are the same model, each reward is 0 and the loss known. UserError if it isn't so."""
     tolerance = 10 * flags.beta * (1e-3 if flags.mixed_precision == "no" else 0.05)
     if line["loss"] is not None and max(abs(line["rewards/chosen"]), abs(line["rewards/rejected"])) > tolerance:
-        expected = loss_at_start(flags) + flags.sft_weight * line["nll_loss"]
+        expected = loss_at_start(flags, line["nll_loss"])
         raise UserError(
             f"the loss at the first step is {line['loss']:.4f} and not {expected:.4f}, though policy and reference "
             f"have the same weights (rewards {line['rewards/chosen']:.4f}, {line['rewards/rejected']:.4f}): they must "
@@ -814,7 +815,7 @@ def warnings_about(line: dict[str, Any], flags: Flags, warmup_steps: int) -> Ite
             why = "the gradients are 0"
         elif flags.beta < 0.01:
             why = f"--beta {flags.beta} is so small that the rewards, beta times log-ratio, hardly differ"
-        yield why, f"the loss stays where it began, at {loss_at_start(flags):.4f}: {why}"
+        yield why, f"the loss stays where it began, at {loss_at_start(flags, line['nll_loss']):.4f}: {why}"
     sunk = -line["rewards/chosen"] / flags.beta / line["lengths/chosen"]
     if sunk > 0.1:
         text = f"the chosen responses have become less likely than under the reference, by {sunk:.2f} nats per token"
