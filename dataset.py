@@ -494,10 +494,9 @@ def prepare(
 
     def pairs_of(side: pd.DataFrame) -> Pairs:
         is_here = used.index.isin(side.index)
-        pairs = used[is_here]
+        pairs, ids = used[is_here], tokens.select(np.flatnonzero(is_here))
         fingerprint = hashlib.blake2b(pairs.digest.to_numpy().tobytes(), digest_size=16).hexdigest()
-        arrays = (column.to_numpy() for column in (pairs.key, pairs.index, pairs.domain))
-        return Pairs(tokens.select(np.flatnonzero(is_here)), *arrays, fingerprint)
+        return Pairs(ids, pairs.key.to_numpy(), pairs.index.to_numpy(), pairs.domain.to_numpy(), fingerprint)
 
     account = {
         "pairs are plain text: no chat template is applied": used.is_plain.sum(),
