@@ -419,7 +419,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path, tokenizer):
     expected = prepare(load_rows(write(tmp_path / "one.jsonl", in_order)), tokenizer)
     assert data.n_rows == len(in_order) and not dropped(data)
     for ours, theirs in ((data.train, expected.train), (data.held_out, expected.held_out)):
-        assert len(ours) and ours.fingerprint == theirs.fingerprint  # of all token ids
+        assert ours.rows.tolist() == theirs.rows.tolist() and ours.fingerprint == theirs.fingerprint  # of all token ids
     read, not_read = data.summary().split("; read: ")[1].split("; not read: ")
     assert (read, len(not_read.split(", "))) == ("b.parquet, extra_2025.json, train.jsonl", 5) and "a.csv" in not_read
     assert len(load_rows(str(folder), "test")) == len(rows[3])
