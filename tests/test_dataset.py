@@ -301,6 +301,15 @@ def test_split_by_prompt(tmp_path, tokenizer):
     assert (len(of_one_prompt.train), len(of_one_prompt.held_out)) == (20, 0)
 
 
+def test_tokens_are_those_of_their_rows(tokenizer):
+    """On both sides, and though every third row is dropped when it is tokenized."""
+    rows = [coig(f"好{i}" + "<|im_start|>" * (i % 3 == 0), conversations=turns(f"u{i}")) for i in range(60)]
+    data = prepare(Dataset.from_list(rows), tokenizer)
+    for side in (data.train, data.held_out):
+        texts = [tokenizer.decode(pair["chosen_ids"]) for pair in side.read(range(len(side)))]
+        assert len(texts) > 3 and texts == [f"好{row}<|im_end|>" for row in side.rows]
+
+
 def test_every_row_is_accounted_for(tmp_path, tokenizer):
     rows = [*make_rows(40), coig(rejected="好")]
     table = load_rows(write(tmp_path / "a.jsonl", rows))
