@@ -702,8 +702,9 @@ class TreeCollator:
         Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
         trees = [part for tree in grow_trees(pairs) for part in cut(tree, self.micro_batch_tokens)]
-        groups = spread(trees, n_processes)
-        while sum(tree.n_tokens for tree in groups[0]) > self.micro_batch_tokens:  # the fullest one
+        n_groups = math.ceil(count_tokens(trees) / (self.micro_batch_tokens * n_processes)) * n_processes  # at least
+        groups = spread(trees, n_groups)
+        while count_tokens(groups[0]) > self.micro_batch_tokens:  # the fullest one
             groups = spread(trees, len(groups) + n_processes)
         batches = [lay_out(group) for group in groups if group]
         return batches + [batches[-1].filler()] * (len(groups) - len(batches))
@@ -720,6 +721,10 @@ class Tree:
     @property
     def n_tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses.values()))
+
+
+def count_tokens(trees: list[Tree]) -> int:
+    return sum(tree.n_tokens for tree in trees)
 
 
 def grow_trees(pairs: Sequence[dict]) -> list[Tree]:

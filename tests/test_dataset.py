@@ -337,7 +337,8 @@ def test_held_out_rows_of_their_own(tmp_path, tokenizer):
     prompts = [row["conversations"] for row in rows[:9]]
     assert data.n_rows == len(rows) + 9 and sorted(data.held_out.rows) == [len(rows) + i for i in range(9)]
     assert sorted(data.train.rows) == [i for i, row in enumerate(rows) if row["conversations"] not in prompts]
-    assert left_out(some)["more than --max_eval_samples"] == 4 and some.train.fingerprint == data.train.fingerprint
+    assert len(some.held_out) == 5 and left_out(some)["more than --max_eval_samples"] == 4
+    assert some.train.fingerprint == data.train.fingerprint
     for one, other, message in (
         (table, [{"question": "a"}] * 3, r"3 of 3 rows can't be used: .* chosen: missing \(first: row 0\)"),
         (given, [coig() | {"domain": 7}], "its columns differ from the data's"),
