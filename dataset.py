@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -98,12 +98,12 @@ def choose_files(path: Path, split: str) -> tuple[list[Path], str]:
     names = sorted(glob.glob("**/*.*", root_dir=path, recursive=True))  # hidden files are not among them
     names = [name for name in names if (path / name).is_file() and not name.endswith(".md")]
     with_rows = [name for name in names if name.endswith(FILES) and Path(name).name not in NO_ROWS]
-    chosen = [name for name in with_rows if split_of(name) == split]
-    left_out = ", ".join(name for name in names if name not in chosen)
-    not_read = f"; not read: {shorten(left_out, 200)}" if left_out else ""
-    if not chosen:
+    to_read = [name for name in with_rows if split_of(name) == split]
+    others = [name for name in names if name not in to_read]
+    not_read = f"; not read: {shorten(', '.join(others), 200)}" if others else ""
+    if not to_read:
         raise UserError(f"no .parquet, .json or .jsonl file of split {split} is in it{not_read}")
-    return [path / name for name in chosen], shorten(", ".join(chosen), 200) + not_read
+    return [path / name for name in to_read], shorten(", ".join(to_read), 200) + not_read
 
 
 def split_of(name: str) -> str:
@@ -135,7 +135,7 @@ def read_files(files: list[Path]) -> Dataset:
         else:
             json_files.append((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns))
     if json_files:
-        # datasets keeps rows by the arguments: with size and time of change, a file that was changed is read again.
+        # datasets caches rows by the arguments: with size and time of change, a file that was changed is read again.
         features, arguments = datasets.Features({JSON: datasets.Value("large_binary")}), {"files": tuple(json_files)}
         tables.insert(0, Dataset.from_generator(json_rows, features=features, gen_kwargs=arguments))
     return datasets.concatenate_datasets(tables)
@@ -180,7 +180,7 @@ class Triple:
 def read_triple(row: Any) -> Triple:
     """Map a row by its columns to prompt, chosen and rejected. All turns are kept, a system turn too.
 
-    The prompt is `prompt` or `conversations`, as text or as messages, and the turns with which both `chosen` and
+    The prompt is `prompt` or `conversations`, as text or as messages, and then the turns with which both `chosen` and
     `rejected` begin. Nothing is guessed: raises Unusable, with the cause, for a row that says anything else.
     """
     try:
@@ -220,17 +220,19 @@ def read_triple(row: Any) -> Triple:
 
 
 def join(system: Any, prompt: list[Message], shared: list[Message]) -> list[Message]:
-    """The system turn, the prompt, and the turns with which both sides begin, none of them twice."""
+    """The system turn, the prompt's turns, and those of the shared turns that don't repeat the prompt or its end.
+
+    For instance, u1 with shared turns (a1, u2) or (u1, a1, u2), and (u1, a1, u2) with (u2) are all u1, a1, u2.
+    """
     refuse_if(not isinstance(system, str), "system: wrong type")
     systems = [{"role": "system", "content": system}] if system else []
     for turns in (prompt, shared):
         if turns and turns[0]["role"] == "system":
             systems.append(turns.pop(0))
     refuse_if(any(one != systems[0] for one in systems), "system: two that differ")
-    # The longest end of the prompt with which the sides begin: mostly all of it, or nothing.
-    n_repeated = next(n for n in range(len(prompt), -1, -1) if prompt[len(prompt) - n :] == shared[:n])
-    is_other = n_repeated == 0 and prompt and shared and prompt[-1]["role"] == shared[0]["role"]
-    refuse_if(is_other, "prompt: chosen and rejected begin with another one")
+    n_repeated = max(n for n in range(len(prompt) + 1) if prompt[len(prompt) - n :] == shared[:n])
+    contradict = n_repeated == 0 and prompt and shared and prompt[-1]["role"] == shared[0]["role"]
+    refuse_if(contradict, "prompt: chosen and rejected begin with another one")
     return systems[:1] + prompt + shared[n_repeated:]
 
 
@@ -275,10 +277,8 @@ def has_content(value: Any) -> bool:
 # Triples to tokens
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-ENCODED = pa.schema(
-    {name: pa.list_(pa.int32()) for name in IDS}
-    | {"digest": pa.int64(), "truncated": pa.bool_(), "is_plain": pa.bool_(), "cause": pa.string()}
-)
+NO_TOKENS = {name: np.empty(0, np.int32) for name in IDS}
+NO_TOKENS |= {"digest": 0, "end_id": 0, "truncated": False, "is_plain": False}
 
 
 class Encoder:
@@ -291,26 +291,17 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self.tokenizer, self.max_length = tokenizer, max_length
-        end_of_turn, eos = end_of_turn_id(tokenizer), tokenizer.eos_token_id
-        self.end_ids = {False: end_of_turn, True: end_of_turn if eos is None else eos}  # True: of plain text
-        ends = [re.escape(tokenizer.decode([token])) for token in self.end_ids.values()]
-        self.end_of_text = re.compile(rf"({'|'.join(ends)})\s*\Z")
+        eos = tokenizer.eos_token_id
+        self.end_of_turn = end_of_turn_id(tokenizer)  # ends the responses of conversations
+        self.end_of_text = self.end_of_turn if eos is None else eos  # ends those of plain text
+        ends = [re.escape(tokenizer.decode([token])) for token in (self.end_of_turn, self.end_of_text)]
+        self.end_in_data = re.compile(rf"({'|'.join(ends)})\s*\Z")
         self.special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.bos_ids = [tokenizer.bos_token_id] if begins_with_bos else []
 
-    def encode_rows(self, table: pa.Table) -> pa.Table:
-        """The columns of ENCODED; a row that can't train has a cause and no tokens."""
-        encoded = []
-        for row in table.to_pylist():
-            try:
-                encoded.append(self.encode(read_triple(row)) | {"cause": ""})
-            except Unusable as cause:
-                encoded.append({"digest": 0, "truncated": False, "is_plain": False, "cause": str(cause)})
-        return pa.Table.from_pylist(encoded, schema=ENCODED)
-
     def encode(self, triple: Triple) -> dict[str, Any]:
-        """The tokens of a triple and a digest of them, whether they were cut, and whether it is plain text.
+        """The tokens of a triple, a digest of them, the end-of-turn, whether they were cut, whether it is plain text.
 
         A pair of over `max_length` tokens is cut by one rule: the prompt keeps its last
         max(max_length / 2, max_length - longer response) tokens, each response its first tokens in the room that is
@@ -318,9 +309,10 @@ class Encoder:
         """
         prompt, *responses = (tokenize(self.tokenizer, text) for text in self.render(triple))
         is_plain = isinstance(triple.prompt, str)
-        prompt = self.bos_ids + prompt if is_plain else prompt
+        if is_plain:
+            prompt = self.bos_ids + prompt
         refuse_if(not prompt, "prompt: empty")
-        end_id = self.end_ids[is_plain]
+        end_id = self.end_of_text if is_plain else self.end_of_turn
         # What a template writes after its end-of-turn ("\n") belongs to the next turn.
         responses = [[*takewhile(lambda token: token != end_id, ids), end_id] for ids in responses]
         longest = max(map(len, responses))
@@ -332,12 +324,12 @@ class Encoder:
         refuse_if(chosen == rejected, f"chosen equals rejected after {'truncation' if truncated else 'tokenizing'}")
         pair = {name: np.array(ids, np.int32) for name, ids in zip(IDS, (prompt, chosen, rejected), strict=True)}
         digest = hash64(b"|".join(ids.tobytes() for ids in pair.values()))
-        return pair | {"digest": digest, "truncated": truncated, "is_plain": is_plain}
+        return pair | {"digest": digest, "end_id": end_id, "truncated": truncated, "is_plain": is_plain}
 
     def render(self, triple: Triple) -> list[str]:
         """The prompt and the two responses as they are tokenized: by the chat template, unless they are plain text."""
         # Encoding adds the model's own end-of-turn or eos; where a response brings one along, it is taken off.
-        responses = [self.end_of_text.sub("", text) for text in (triple.chosen, triple.rejected)]
+        responses = [self.end_in_data.sub("", text) for text in (triple.chosen, triple.rejected)]
         is_plain = isinstance(triple.prompt, str)
         contents = [triple.prompt] if is_plain else [turn["content"] for turn in triple.prompt]
         is_templated = any(special in text for text in (*contents, *responses) for special in self.special_tokens)
@@ -478,36 +470,31 @@ def prepare(
         except Exception as error:  # columns of the same name and of other types
             raise UserError(f"--eval_dataset_name: its columns differ from the data's ({first_line(error)})") from None
 
-    # The first pass reads every row and keeps a hash of its prompt. `cause` says why a row can't train, "" if it can.
-    table = map_rows(rows, scan_rows, "Reading rows").to_pandas()  # columns key, domain, cause
+    # The first pass reads every row. Each line of `table`, by row number, has a hash of the prompt, the domain, and the
+    # cause why the row can't train, "" if it can.
+    table = map_rows(rows, scan, {"key": 0, "domain": ""}, "Reading rows").to_pandas()
     refuse_if_most_are_dropped("--dataset_name", table[:first_given])
     if held_out_rows is not None:
         refuse_if_most_are_dropped("--eval_dataset_name", table[first_given:].reset_index())
     good = table[table.cause == ""]
     check_tokenizer(tokenizer, [read_triple(rows[number]).chosen for number in good.index[:20]])
-    of_domains = good[good.domain.isin(domains)] if domains else good
-    if unknown := set(domains or ()) - set(good.domain):
-        there = ", ".join(sorted(set(good.domain)))
-        raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {there}")
-    train, held_out, left_out = split_by_prompt(of_domains, first_given, max_train_samples, max_eval_samples)
-    left_out["rows left out: not in --domains"] = len(good) - len(of_domains)
+    train, held_out, left_out = split_by_prompt(good, domains, first_given, max_train_samples, max_eval_samples)
     needed = held_out if max_train_samples == 0 else train
     if not len(needed):
         raise UserError(f"no row is left to train on: {'; '.join(in_words(left_out))}")
 
-    # The second pass tokenizes the rows that are used.
-    encoder = Encoder(tokenizer, max_length)
-    used = pd.concat([train, held_out]).drop(columns="cause")
-    tokens = map_rows(rows.select(used.index), encoder.encode_rows, "Tokenizing")
-    used = used.join(tokens.remove_columns(list(IDS)).to_pandas().set_index(used.index))
-    used["place"] = range(len(used))  # in `tokens`
-    refuse_if_most_are_dropped("--dataset_name", used.loc[needed.index])
+    # The second pass tokenizes the rows that are used. `used` has them by row number, in the order of `tokens`.
+    encoder, used = Encoder(tokenizer, max_length), pd.concat([train, held_out])
+    tokens = map_rows(rows.select(used.index), lambda row: encoder.encode(read_triple(row)), NO_TOKENS, "Tokenizing")
+    used = used[["key", "domain"]].join(tokens.remove_columns(list(IDS)).to_pandas().set_index(used.index))
     table.loc[used.index, "cause"] = used.cause
+    refuse_if_most_are_dropped("--dataset_name", table.loc[needed.index])
+    tokens = tokens.select_columns(list(IDS)).select(np.flatnonzero(used.cause == "")).with_format("numpy")
     used = used[used.cause == ""]
 
     def pairs_of(side: pd.DataFrame) -> Pairs:
-        pairs = used[used.index.isin(side.index)]
-        ids = tokens.select(pairs.place).select_columns(list(IDS)).with_format("numpy")
+        is_here = used.index.isin(side.index)
+        pairs, ids = used[is_here], tokens.select(np.flatnonzero(is_here))
         fingerprint = hashlib.blake2b(pairs.digest.to_numpy().tobytes(), digest_size=16).hexdigest()
         return Pairs(ids, pairs.key.to_numpy(), pairs.index.to_numpy(), pairs.domain.to_numpy(), fingerprint)
 
@@ -518,47 +505,44 @@ def prepare(
     return PreparedData(
         train=pairs_of(train),
         held_out=pairs_of(held_out),
-        end_ids=sorted({encoder.end_ids[is_plain] for is_plain in used.is_plain}),
+        end_ids=sorted(set(used.end_id.tolist())),
         n_rows=len(rows),
         account=account | left_out | count_dropped(table),
         source=source,
     )
 
 
-def scan_rows(table: pa.Table) -> pa.Table:
-    """Of each row: a hash of its prompt, its domain, and the cause why it can't train, "" if it can."""
-    scanned = []
-    for row in table.to_pylist():
-        try:
-            triple = read_triple(row)
-            key = hash64(json.dumps(triple.prompt).encode())
-            scanned.append({"key": key, "domain": triple.domain, "cause": ""})
-        except (Unusable, RecursionError) as cause:  # the latter of objects that are nested hundreds deep
-            scanned.append({"key": 0, "domain": "", "cause": str(cause)})
-    return pa.Table.from_pylist(scanned)
+def scan(row: Any) -> dict[str, Any]:
+    triple = read_triple(row)
+    return {"key": hash64(json.dumps(triple.prompt).encode()), "domain": triple.domain}
 
 
 def split_by_prompt(
-    good: pd.DataFrame, first_given: int | None, max_train_samples: int | None, max_eval_samples: int
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    good: pd.DataFrame, domains: Sequence[str] | None, first_given: int | None, max_train_samples: int | None,
+    max_eval_samples: int,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:  # fmt: skip
     """The rows to train on, the rows to hold out, and how many are left out, by cause.
 
     Rows from number `first_given` on were given to be held out; if it is None, some are chosen.
     """
-    good = good.sort_values("key", kind="stable")  # by prompt, in the order of their hashes; then as in the source
+    if unknown := set(domains or ()) - set(good.domain):
+        there = ", ".join(sorted(set(good.domain)))
+        raise UserError(f"--domains: no row has {', '.join(sorted(unknown))}; there is {there}")
+    rows = good[good.domain.isin(domains)] if domains else good
+    rows = rows.sort_values("key", kind="stable")  # by prompt, in the order of their hashes; then as in the source
     if first_given is not None:
-        chosen = good[good.index >= first_given]
+        held_out = rows[rows.index >= first_given]
     else:
-        prompts = good.groupby("key")
-        chosen = good[(prompts.ngroup() < prompts.ngroups // 10) & (prompts.cumcount() < 2)][:max_eval_samples]
-    others = good[~good.key.isin(chosen.key)]
-    train, held_out = others[:max_train_samples], chosen[:max_eval_samples]
+        prompts = rows.groupby("key")
+        held_out = rows[(prompts.ngroup() < prompts.ngroups // 10) & (prompts.cumcount() < 2)][:max_eval_samples]
+    train = rows[~rows.key.isin(held_out.key)]
     left_out = {
-        "rows left out: their prompt is held out": len(good) - len(chosen) - len(others),
-        "rows left out: more than --max_train_samples": len(others) - len(train),
-        "rows left out: more than --max_eval_samples": len(chosen) - len(held_out),
+        "rows left out: their prompt is held out": len(rows) - len(held_out) - len(train),
+        "rows left out: more than --max_train_samples": len(train) - len(train[:max_train_samples]),
+        "rows left out: more than --max_eval_samples": len(held_out) - len(held_out[:max_eval_samples]),
+        "rows left out: not in --domains": len(good) - len(rows),
     }
-    return train, held_out, left_out
+    return train[:max_train_samples], held_out[:max_eval_samples], left_out
 
 
 def count_dropped(table: pd.DataFrame) -> dict[str, int]:
@@ -573,26 +557,38 @@ def refuse_if_most_are_dropped(flag: str, table: pd.DataFrame) -> None:
     n_dropped = (table.cause != "").sum()
     if n_dropped > len(table) / 2:
         causes = "; ".join(in_words(count_dropped(table))[:5])
-        what_is_read = "prompt (or conversations, or the first turns of both sides) + chosen + rejected"
-        text = f"{n_dropped:,} of {len(table):,} rows can't be used: {causes}. What is read: {what_is_read}"
-        raise UserError(f"{flag}: {text}")
+        form = "prompt (or conversations, or the first turns of both sides) + chosen + rejected"
+        raise UserError(f"{flag}: {n_dropped:,} of {len(table):,} rows can't be used: {causes}. What is read: {form}")
 
 
 def in_words(counts: dict[str, int]) -> list[str]:
     return [f"{n:,} {what}" for what, n in counts.items() if n]
 
 
-def map_rows(table: Dataset, function: Callable[[pa.Table], pa.Table], title: str) -> Dataset:
-    """All rows through `function`, on all cores."""
+def map_rows(rows: Dataset, function: Callable[[Any], dict], otherwise: dict, title: str) -> Dataset:
+    """What `function` makes of each row, on all cores, and the `cause` why it can't train, "" if it can.
+
+    Where `function` raises Unusable, the row becomes `otherwise`, which has the same columns.
+    """
+
+    def map_batch(batch: pa.Table) -> pa.Table:
+        mapped = []
+        for row in batch.to_pylist():
+            try:
+                mapped.append(function(row) | {"cause": ""})
+            except (Unusable, RecursionError) as cause:  # the latter of objects that are nested hundreds deep
+                mapped.append(otherwise | {"cause": str(cause)})
+        return pa.Table.from_pylist(mapped)
+
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    # datasets keeps the result under a key: the rows, this file's text, and the function with its tokenizer.
+    # datasets caches the result under a key: the rows, this file's text, and the function with its tokenizer.
     code = Path(__file__).read_text(encoding="utf-8")
-    return table.with_format("arrow").map(
-        function,
+    return rows.with_format("arrow").map(
+        map_batch,
         batched=True,
-        remove_columns=table.column_names,
-        new_fingerprint=Hasher.hash((table._fingerprint, code, function)),
-        num_proc=min(n_cores, len(table) // 4000) or None,
+        remove_columns=rows.column_names,
+        new_fingerprint=Hasher.hash((rows._fingerprint, code, function)),
+        num_proc=min(n_cores, len(rows) // 4000) or None,
         desc=title,
     )
 
@@ -635,17 +631,27 @@ class StepBatches:
 
     def __post_init__(self):
         self.steps_per_epoch = math.ceil(len(self.pairs) / self.batch_size)
-        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+        order = functools.partial(epoch_order, self.pairs.keys, self.seed, group_by_prompt=self.group_by_prompt)
+        self.order_of = functools.lru_cache(maxsize=1)(order)
 
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step, over all processes; the last step of an epoch has what is left."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, epoch_order(self.pairs.keys, self.seed, epoch, self.group_by_prompt)
-        return self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        return self.order_of(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> list["MicroBatch"]:
         return self.collate(self.pairs.read(self.indices(step)), self.n_processes)[self.process :: self.n_processes]
+
+
+class Segment(NamedTuple):
+    """Where a prompt or a response is in its row, and where the prompt before it is; before a prompt, nothing is."""
+
+    start: int
+    end: int
+    prompt_start: int
+    prompt_end: int
+
+    __repr__ = tuple.__repr__  # shows the four numbers alone
 
 
 @dataclass
@@ -653,7 +659,7 @@ class MicroBatch:
     """One row of token trees: what one forward pass computes. `TreeCollator` says what is in it."""
 
     tensors: dict[str, torch.Tensor]  # for the device
-    segments: list[tuple[int, int, int, int]]  # for the host alone, to plan attention from
+    segments: list[Segment]  # for the host alone, to plan attention from
 
     def filler(self) -> "MicroBatch":
         """The same without pairs, so that its loss is an empty sum: keeps processes in step that have no pairs left."""
@@ -685,8 +691,7 @@ class TreeCollator:
     >>> batch.segments
     [(0, 2, 0, 0), (2, 4, 0, 2), (4, 6, 0, 2), (6, 9, 0, 2)]
 
-    `segments` has, for each prompt and each response, its (start, end) in the row and those of its prompt, a prompt's
-    own being (start, start). `lay_out`, at the end, explains the tensors.
+    `segments` has a `Segment` for each prompt and each response. `lay_out`, at the end, explains the tensors.
     """
 
     micro_batch_tokens: int
@@ -697,13 +702,12 @@ class TreeCollator:
         Raises UserError if one pair alone is longer than `micro_batch_tokens`.
         """
         trees = [part for tree in grow_trees(pairs) for part in cut(tree, self.micro_batch_tokens)]
-        n_groups = math.ceil(count(trees) / (self.micro_batch_tokens * n_processes)) * n_processes
+        n_groups = math.ceil(count_tokens(trees) / (self.micro_batch_tokens * n_processes)) * n_processes  # at least
         groups = spread(trees, n_groups)
-        while count(groups[0]) > self.micro_batch_tokens:  # the fullest one
-            n_groups += n_processes
-            groups = spread(trees, n_groups)
+        while count_tokens(groups[0]) > self.micro_batch_tokens:  # the fullest one
+            groups = spread(trees, len(groups) + n_processes)
         batches = [lay_out(group) for group in groups if group]
-        return batches + [batches[-1].filler()] * (n_groups - len(batches))
+        return batches + [batches[-1].filler()] * (len(groups) - len(batches))
 
 
 @dataclass
@@ -719,8 +723,7 @@ class Tree:
         return len(self.prompt) + sum(map(len, self.responses.values()))
 
 
-def count(trees: list[Tree]) -> int:
-    """Their tokens."""
+def count_tokens(trees: list[Tree]) -> int:
     return sum(tree.n_tokens for tree in trees)
 
 
@@ -736,15 +739,18 @@ def grow_trees(pairs: Sequence[dict]) -> list[Tree]:
 
 
 def cut(tree: Tree, most_tokens: int) -> list[Tree]:
-    """The same pairs in trees of at most `most_tokens`, each with the prompt. Raises UserError if a pair has more."""
+    """The same pairs in trees of at most `most_tokens`, each with the prompt. Raises UserError if a pair has more.
+
+    Each part takes the pair that adds the fewest tokens until none fits: so pairs that share a response stay together.
+    """
     parts, left = [Tree(tree.prompt)], tree.pairs.copy()
     while left:
         part = parts[-1]
-        # The pair that adds the fewest tokens is next: where a tree must be cut, the parts have little in common.
         added = [sum(len(tree.responses[key]) for key in pair[1:] if key not in part.responses) for pair in left]
-        n_tokens = part.n_tokens + min(added)
+        cheapest = int(np.argmin(added))
+        n_tokens = part.n_tokens + added[cheapest]
         if n_tokens <= most_tokens:
-            pair = left.pop(added.index(min(added)))
+            pair = left.pop(cheapest)
             part.pairs.append(pair)
             part.responses |= {key: tree.responses[key] for key in pair[1:]}
         elif part.pairs:
@@ -766,29 +772,29 @@ def spread(trees: list[Tree], n_groups: int) -> list[list[Tree]]:
 
 def lay_out(trees: list[Tree]) -> MicroBatch:
     """Trees end to end in one row of T tokens, N of them in M responses, for P pairs; nothing is padded."""
-    texts, segments, pairs, n_responses = [], [], [], 0
+    texts, segments, responses, pairs = [], [], [], []
     for tree in trees:
-        start = segments[-1][1] if segments else 0
-        end = start + len(tree.prompt)
-        segments.append((start, end, start, start))
-        for response in tree.responses.values():
-            segments.append((segments[-1][1], segments[-1][1] + len(response), start, end))
+        start = segments[-1].end if segments else 0
+        prompt = Segment(start, start + len(tree.prompt), start, start)
+        segments.append(prompt)
+        number = {}
+        for key, ids in tree.responses.items():
+            number[key] = len(responses)
+            responses.append(Segment(segments[-1].end, segments[-1].end + len(ids), prompt.start, prompt.end))
+            segments.append(responses[-1])
         texts += [tree.prompt, *tree.responses.values()]
-        number = {key: n_responses + i for i, key in enumerate(tree.responses)}
         pairs += [(index, number[chosen], number[rejected]) for index, chosen, rejected in tree.pairs]
-        n_responses += len(number)
-    responses = [segment for segment in segments if segment[2] < segment[3]]
-    lengths = np.array([end - start for start, end, _, _ in responses])
     input_ids = np.concatenate(texts)
+    lengths = np.array([one.end - one.start for one in responses])
+    positions = [np.arange(one.end - one.start) + one.prompt_end - one.prompt_start for one in segments]
     pair_index, chosen_index, rejected_index = np.array(sorted(pairs)).T.copy()
     arrays = {
         "input_ids": input_ids[None],  # [1, T]: a prompt, its responses, the next tree
-        # [1, T]: restart after the prompt for each response
-        "position_ids": np.concatenate([np.arange(end - start) + b - a for start, end, a, b in segments])[None],
+        "position_ids": np.concatenate(positions)[None],  # [1, T]: restart after the prompt for each response
         # [N]: where the state is that predicts a response token: for the first one, the prompt's last
-        "predictor_index": np.concatenate([np.r_[b - 1, start : end - 1] for start, end, _, b in responses]),
-        "target_ids": np.concatenate([input_ids[start:end] for start, end, _, _ in responses]),  # [N]
-        "response_index": np.repeat(np.arange(n_responses), lengths),  # [N]: the response that each belongs to
+        "predictor_index": np.concatenate([np.r_[one.prompt_end - 1, one.start : one.end - 1] for one in responses]),
+        "target_ids": np.concatenate([input_ids[one.start : one.end] for one in responses]),  # [N]
+        "response_index": np.repeat(np.arange(len(responses)), lengths),  # [N]: the response that each belongs to
         "response_lengths": lengths,  # [M]: in tokens
         "chosen_index": chosen_index,  # [P]: the responses of each pair
         "rejected_index": rejected_index,  # [P]

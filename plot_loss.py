@@ -192,7 +192,7 @@ def report(run: Run) -> Iterator[str]:
         yield from tables(before, after)
         if before.get("answers") and after.get("answers"):
             yield from answers_side_by_side(before["answers"], after["answers"])
-    yield from ["", "## How it was made", ""]
+    yield from ["", "## How it was made", "", "Of local paths, only the last part is shown.", ""]
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     yield from fenced(" ".join(["python dpo_train.py", *given]), "sh")
     yield from ["", *fenced(start["data"], "text"), ""]
@@ -214,20 +214,34 @@ def judgement(run: Run) -> Iterator[str]:
     if not is_number(before["loss"]) or not is_number(after["loss"]):
         yield "**The held-out loss is not a number**: train again with a lower `--learning_rate`."
         return
-    change = after["loss"] - before["loss"]
+    # All evaluations are of the same pairs, so the error of a difference is hardly ever above that of the last one.
+    change, noise = after["loss"] - before["loss"], 2 * after["loss_se"]
     verdict = "The held-out loss fell:" if change < 0 else "**The held-out loss rose**:"
-    if abs(change) <= 2 * math.hypot(before["loss_se"], after["loss_se"]):
+    if abs(change) <= noise:
         verdict = "The held-out loss has hardly changed (by two standard errors or less):"
     yield f"{verdict} {arrow(before, after, 'loss')}; accuracy {arrow(before, after, 'rewards/accuracies')}."
     if before.get("answers") and after.get("answers"):
         yield from judge_answers(before["answers"], after["answers"], is_loss_better=change < 0)
-    yield from judge_last_step(run.series("eval_loss"), after["loss_se"])
+    losses = run.series("eval_loss")
+    best, last = min(losses, key=losses.get), max(losses)
+    rise = losses[last] - losses[best]
+    if rise > noise:
+        yield (
+            f"**It has gone too far**: the held-out loss was lowest at step {best}, {losses[best]:.4f}; the last is "
+            f"higher by {rise:.4f}, more than two standard errors. Train with fewer steps or a lower `--learning_rate`"
+            + (", or take a checkpoint near that step." if best > 0 else ".")
+        )
+    elif len(losses) > 2:
+        yield f"The held-out loss was lowest at step {best} of {last}: {losses[best]:.4f}."
     longer, model = shown(after, "lengths/accuracies"), with_error(after, "rewards/accuracies")
     yield f"“The longer one is better” is right in {longer} of the pairs, the model in {model}."
-    old, new = -before["nll_loss"], -after["nll_loss"]
-    verb = "fell" if new < old else "rose" if new >= old else "is not a number"
-    verb = "**fell far** (`--sft_weight 0.1` may help)" if new <= old - 0.1 else verb
-    yield f"The chosen responses' log-probability per token {verb}: {old:.3f} → {new:.3f} nats."
+    old, new = f"{-before['nll_loss']:.3f}", f"{-after['nll_loss']:.3f}"
+    verb = "fell" if after["nll_loss"] > before["nll_loss"] else "rose"
+    if old == new:
+        verb = "has not changed"
+    if -after["nll_loss"] <= -before["nll_loss"] - 0.1:
+        verb = "**fell far** (`--sft_weight 0.1` may help)"
+    yield f"The chosen responses' log-probability per token {verb}: {old} → {new} nats."
     yield (
         "Accuracy alone says little once the policy is far from the reference (https://arxiv.org/abs/2405.19534): "
         "read the answers."
@@ -236,19 +250,20 @@ def judgement(run: Run) -> Iterator[str]:
 
 def judge_answers(before: list[dict], after: list[dict], is_loss_better: bool) -> Iterator[str]:
     """A better loss does not mean better answers."""
-    facts = ("n_tokens", "stopped", "repetition")
-    old, new = ({fact: fmean(answer[fact] for answer in answers) for fact in facts} for answers in (before, after))
-    old_openings, new_openings = (len({answer["answer"][:8] for answer in answers}) for answers in (before, after))
-    worse = []
+    old, new = averages(before), averages(after)
+    worse, remedies = [], []
     if new["repetition"] > 0.1 and new["repetition"] >= 2 * old["repetition"]:
         worse.append("they repeat themselves")
     if old["stopped"] > 0 and new["stopped"] <= 0.8 * old["stopped"] + 1e-9:
         worse.append("fewer come to an end")
-    if new_openings <= old_openings / 2:  # refusals, for instance, which no other figure shows
-        worse.append(f"they begin in {new_openings} ways, no longer in {old_openings}")
+    if worse:
+        remedies.append("a lower `--learning_rate` or fewer steps")
+    if new["openings"] <= old["openings"] / 2:  # refusals, for instance, which no other figure shows
+        worse.append(f"they begin in {new['openings']} ways, no longer in {old['openings']}")
+        remedies.append("`--sft_weight 0.1`")
     if worse:
         but = "Although the loss is better, the" if is_loss_better else "The"
-        yield f"**{but} answers got worse: {' and '.join(worse)}.** Try a lower `--learning_rate` or fewer steps."
+        yield f"**{but} answers got worse: {' and '.join(worse)}.** Try {', and '.join(remedies)}."
     yield (
         f"Answers to {len(after)} held-out prompts: {old['n_tokens']:.0f} → {new['n_tokens']:.0f} tokens; "
         f"{old['stopped']:.0%} → {new['stopped']:.0%} ended by themselves; "
@@ -256,18 +271,10 @@ def judge_answers(before: list[dict], after: list[dict], is_loss_better: bool) -
     )
 
 
-def judge_last_step(losses: dict[int, float], error: float) -> Iterator[str]:
-    """Whether the held-out loss was lower before the end."""
-    best, last = min(losses, key=losses.get), max(losses)
-    rise = losses[last] - losses[best]
-    if rise > error:
-        yield (
-            f"**It has gone too far**: the held-out loss was lowest at step {best}, {losses[best]:.4f}; the last is "
-            f"higher by {rise:.4f}, more than a standard error. Train with fewer steps or a lower `--learning_rate`"
-            + (", or take a checkpoint near that step." if best > 0 else ".")
-        )
-    elif len(losses) > 2:
-        yield f"The held-out loss was lowest at step {best} of {last}: {losses[best]:.4f}."
+def averages(answers: list[dict]) -> dict[str, float]:
+    """Means of what is logged of each answer, and in how many ways they begin."""
+    means = {fact: fmean(answer[fact] for answer in answers) for fact in ("n_tokens", "stopped", "repetition")}
+    return means | {"openings": len({answer["answer"][:8] for answer in answers})}
 
 
 def tables(before: dict, after: dict) -> Iterator[str]:
@@ -298,7 +305,9 @@ def answers_side_by_side(before: list[dict], after: list[dict]) -> Iterator[str]
 
 def shown(metrics: dict, name: str) -> str:
     value = metrics[name]
-    return "–" if not is_number(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+    if not is_number(value):
+        return "–"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def with_error(metrics: dict, name: str) -> str:

@@ -280,16 +280,6 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet", "data/train-00000-of-00001.parquet"])
-def test_every_file_form_gives_the_same_pairs(tmp_path, tokenizer, name):
-    path = write(tmp_path / name, make_rows())
-    data = prepare(load_rows(str(tmp_path) if "/" in name else path), tokenizer)
-    expected = prepare(load_rows(write(tmp_path / "other.jsonl", make_rows())), tokenizer)
-    assert data.n_rows == len(make_rows()) and not dropped(data)
-    for ours, theirs in ((data.train, expected.train), (data.held_out, expected.held_out)):
-        assert len(ours) and ours.fingerprint == theirs.fingerprint  # of all token ids
-
-
 def test_split_by_prompt(tmp_path, tokenizer):
     """A tenth of the prompts at most, two pairs of each at most; their other pairs are used nowhere."""
     rows = make_rows(40)
@@ -309,6 +299,15 @@ def test_split_by_prompt(tmp_path, tokenizer):
         assert not {prompt_of[i] for i in some.train.rows} & {prompt_of[i] for i in some.held_out.rows}
     of_one_prompt = prepare(Dataset.from_list([coig(f"好{i}") for i in range(20)]), tokenizer)
     assert (len(of_one_prompt.train), len(of_one_prompt.held_out)) == (20, 0)
+
+
+def test_tokens_are_those_of_their_rows(tokenizer):
+    """On both sides, and though every third row is dropped when it is tokenized."""
+    rows = [coig(f"好{i}" + "<|im_start|>" * (i % 3 == 0), conversations=turns(f"u{i}")) for i in range(60)]
+    data = prepare(Dataset.from_list(rows), tokenizer)
+    for side in (data.train, data.held_out):
+        texts = [tokenizer.decode(pair["chosen_ids"]) for pair in side.read(range(len(side)))]
+        assert len(texts) > 3 and texts == [f"好{row}<|im_end|>" for row in side.rows]
 
 
 def test_every_row_is_accounted_for(tmp_path, tokenizer):
@@ -338,7 +337,8 @@ def test_held_out_rows_of_their_own(tmp_path, tokenizer):
     prompts = [row["conversations"] for row in rows[:9]]
     assert data.n_rows == len(rows) + 9 and sorted(data.held_out.rows) == [len(rows) + i for i in range(9)]
     assert sorted(data.train.rows) == [i for i, row in enumerate(rows) if row["conversations"] not in prompts]
-    assert left_out(some)["more than --max_eval_samples"] == 4 and some.train.fingerprint == data.train.fingerprint
+    assert len(some.held_out) == 5 and left_out(some)["more than --max_eval_samples"] == 4
+    assert some.train.fingerprint == data.train.fingerprint
     for one, other, message in (
         (table, [{"question": "a"}] * 3, r"3 of 3 rows can't be used: .* chosen: missing \(first: row 0\)"),
         (given, [coig() | {"domain": 7}], "its columns differ from the data's"),
@@ -424,8 +424,12 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path, tokenizer):
     write(folder / ".cache/c.jsonl", [coig()]), write(folder / "dataset_info.json", [{"features": {}}])
     for name in ("old.jsonl.bak", "a.csv", "x.arrow", "README.md"):
         (folder / name).write_text("x")
-    data = prepare(load_rows(str(folder)), tokenizer, max_eval_samples=0)
-    assert len(data.train) == data.n_rows == sum(map(len, rows[:3])) and not dropped(data)
+    data = prepare(load_rows(str(folder)), tokenizer)
+    in_order = [*rows[1], *rows[0], *rows[2]]  # .json and .jsonl by name, then .parquet
+    expected = prepare(load_rows(write(tmp_path / "one.jsonl", in_order)), tokenizer)
+    assert data.n_rows == len(in_order) and not dropped(data)
+    for ours, theirs in ((data.train, expected.train), (data.held_out, expected.held_out)):
+        assert ours.rows.tolist() == theirs.rows.tolist() and ours.fingerprint == theirs.fingerprint  # of all token ids
     read, not_read = data.summary().split("; read: ")[1].split("; not read: ")
     assert (read, len(not_read.split(", "))) == ("b.parquet, extra_2025.json, train.jsonl", 5) and "a.csv" in not_read
     assert len(load_rows(str(folder), "test")) == len(rows[3])

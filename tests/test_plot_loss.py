@@ -81,7 +81,6 @@ def series(path):
          b'{"step": 3, "loss": 0.5, "rewards/margins": -Infinity, "note": 1}\n{"step": null, "loss": 9}\n'
          b'{"step": 5.0, "loss": 0.3}\r', {"loss": {3: 0.5, 5: 0.3}}),  # nor is a blank line worth a warning
         (b'{"step": 10, "loss": 0.6}\n{"step": 20, "lo', {"loss": {10: 0.6}}),  # half-written
-        ('{"step": 10, "loss": 0.6}\n{"step": 20, "note": "半'.encode()[:-1], {"loss": {10: 0.6}}),
         (b'{"step": 30, "loss": 1}\n{"step": 10, "loss": 2}\n{"step": 30, "loss": 3}', {"loss": {10: 2.0, 30: 3.0}}),
     ],
 )  # fmt: skip
@@ -219,6 +218,7 @@ def test_chinese_name(tmp_path, capsys, caplog, monkeypatch):
 GOOD = {"n_tokens": 20, "stopped": True, "repetition": 0.04, "domain": "a|b", "prompt": "hi", "answer": "ho",
         "chosen": "`x`\n```\ny"}  # fmt: skip
 BAD = GOOD | {"stopped": False, "repetition": 0.12}
+DIFFERENT = [GOOD | {"answer": letter} for letter in "abcdef"]
 
 
 def evaluation(step, loss, accuracy=0.75, nll=2.0, **more):
@@ -251,18 +251,24 @@ START, END = evaluation(0, LN_2, 0.5), {"event": "end", "step": 60, "time": 1e9 
         ([START, evaluation(60, 0.55), END],
          ["The held-out loss fell: 0.6931 → 0.5500 ± 0.0200; accuracy 0.5000 → 0.7500 ± 0.0500.", "arxiv.org/abs/24",
           "“The longer one is better” is right in 0.7000 of the pairs, the model in 0.7500 ± 0.0500.",
-          "to 6 held-out prompts: 20 → 20 tokens; 100% → 100% ended by themselves; 4% → 4% of"], ["**", "lowest"]),
+          "to 6 held-out prompts: 20 → 20 tokens; 100% → 100% ended by themselves; 4% → 4% of",
+          "per token has not changed: -2.000 → -2.000"], ["**", "lowest"]),
         ([START, evaluation(60, 0.55, answers=[BAD] + [GOOD] * 5), END], ["100% → 83% ended"], ["worse"]),
         ([START, evaluation(60, 0.55, answers=[BAD] * 2 + [GOOD] * 4), END],
          ["**Although the loss is better, the answers got worse: fewer come to an end.**"], ["repeat themselves"]),
         ([START, evaluation(60, 0.75, answers=[GOOD | {"repetition": 0.2}] * 6), END],
-         ["**The held-out loss rose**", "**The answers got worse: they repeat themselves.**", "lowest at step 0"], []),
-        ([START, evaluation(20, 0.6, answers=[]), evaluation(60, 0.63), END],
-         ["**It has gone too far**: the held-out loss was lowest at step 20, 0.6000; the last is higher by 0.0300",
-          "fewer steps or a lower `--learning_rate`, or take a checkpoint near that step."], []),
-        ([START, evaluation(20, 0.6), evaluation(60, 0.61), END], ["lowest at step 20 of 60: 0.6000"], ["too far"]),
+         ["**The held-out loss rose**", "lowest at step 0", "**The answers got worse: they repeat themselves.** Try a "
+          "lower `--learning_rate` or fewer steps.\n"], ["--sft_weight"]),
+        ([START | {"answers": DIFFERENT}, evaluation(60, 0.55, answers=DIFFERENT[:1] * 3 + DIFFERENT[:3]), END],
+         ["worse: they begin in 3 ways, no longer in 6.** Try `--sft_weight 0.1`.\n"], ["too far", "--learning_rate"]),
+        ([START, evaluation(20, 0.6, answers=[]), evaluation(60, 0.65), END],
+         ["**It has gone too far**: the held-out loss was lowest at step 20, 0.6000; the last is higher by 0.0500, "
+          "more than two standard errors. Train with fewer steps or a lower `--learning_rate`, or take a checkpoint "],
+         []),
+        ([START, evaluation(20, 0.6), evaluation(60, 0.63), END], ["lowest at step 20 of 60: 0.6000"], ["too far"]),
         ([START, evaluation(60, 0.69), END], ["hardly changed"], ["loss fell", "loss rose"]),
         ([START, evaluation(60, 0.5, nll=2.05), END], ["per token fell: -2.000 → -2.050"], ["far**"]),
+        ([START, evaluation(60, 0.5, nll=1.95), END], ["per token rose: -2.000 → -1.950"], []),
         ([START, evaluation(60, 0.5, nll=2.25), END], ["**fell far** (`--sft_weight 0.1`"], []),
         ([START, evaluation(60, 0.5)], ["**The run is not finished**: its log ends at step 60."], []),
         ([START, evaluation(60, math.nan), END], ["**The held-out loss is not a number**"], ["gone too far"]),
@@ -291,7 +297,8 @@ def test_what_else_is_in_the_report(tmp_path):
                  "\n| loss (nats) | 0.6931 ± 0.0200 | 0.5500 ± 0.0200 |\n", "\n| mine | 2.0000 | 3.0000 ± 0.1000 |\n",
                  "\n| logps/chosen | -123.46 | -123.46 |\n", "\n| a/b | 60 | 0.6931 → – | 0.5000 → 0.7500 ± 0.0500 |",
                  "\n### a|b\n", "**Before**\n\n```text\nanswer at 0\n```\n\n**After**\n\n```text\nanswer at 60\n",
-                 "\n````text\n`x`\n```\ny\n````\n", "--dataset_name 'my pairs.jsonl' --beta 0.1\n", "60 pairs\n",
+                 "\n````text\n`x`\n```\ny\n````\n", "only the last part is shown.\n\n```sh\npython dpo_train.py",
+                 "--dataset_name 'my pairs.jsonl' --beta 0.1\n", "60 pairs\n",
                  "\n91.0 minutes, 2.5 pairs/s, micro-batches of 2048 tokens, CPU, torch 2.\n"):  # fmt: skip
         assert text in report, text
     assert "ref_model" not in report
