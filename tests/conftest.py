@@ -1,5 +1,6 @@
 """A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
 
+import gc
 import json
 import os
 import random
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # most users' machines don't set it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
-torch.set_num_threads(1)  # the fastest for models of this size, and the same on every machine
+# One thread, here and in the scripts: the fastest for models of this size, and the same on every machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -105,6 +108,14 @@ def data_file(tmp_path_factory) -> Path:
 def small_data_file(tmp_path_factory) -> Path:
     """The pairs of trl_losses.json."""
     return write_jsonl(tmp_path_factory.mktemp("small") / "pairs.jsonl", make_rows())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_garbage_collection():
+    """Each run collects garbage: half a second, if all that the libraries have made by now is looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_addoption(parser):
