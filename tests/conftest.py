@@ -123,7 +123,8 @@ def quick_garbage_collection():
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_readme.py")  # the longest file first: two processes share them
+    """The longest files first: two processes share the files."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_train.py"))
 
 
 def pytest_addoption(parser):
