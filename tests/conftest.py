@@ -1,18 +1,19 @@
-"""A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network."""
+"""A throwaway model and data for the tests: random weights, a byte-level BPE trained in-process, no network.
 
+Libraries are imported where they are used: pytest's first process, which only hands out tests, does without them.
+"""
+
+import gc
 import json
 import os
 import random
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # most users' machines don't set it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the scripts that tests start would compile all libraries every time
-torch.set_num_threads(1)  # the fastest for models of this size, and the same on every machine
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch: the fastest for models of this size, and the same on every machine
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -22,8 +23,11 @@ CHATML = (
 WORDS = "天地人你我他山水火木金土大小多少高低远近红绿白好坏快慢来去上下左右中外东西南北春夏秋冬风花雪月"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer():
     """ChatML over byte-level BPE; as in Qwen2.5, "!" has id 0 and the eos is not the template's end-of-turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -42,11 +46,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     return make_tokenizer()
 
 
-def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_qwen2(vocab_size: int, seed: int = 0):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -55,9 +62,9 @@ def tiny_qwen2(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def write_model(folder: Path, tokenizer) -> Path:
     """A model's folder, weights stored in bf16 as Qwen2.5's are; it likes to sample and to avoid repetitions."""
-    model = tiny_qwen2(len(tokenizer)).to(torch.bfloat16)
+    model = tiny_qwen2(len(tokenizer)).bfloat16()
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -105,6 +112,19 @@ def data_file(tmp_path_factory) -> Path:
 def small_data_file(tmp_path_factory) -> Path:
     """The pairs of trl_losses.json."""
     return write_jsonl(tmp_path_factory.mktemp("small") / "pairs.jsonl", make_rows())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_garbage_collection():
+    """Each run collects garbage: half a second, if all that the libraries have made by now is looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: two processes share the files."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_train.py"))
 
 
 def pytest_addoption(parser):

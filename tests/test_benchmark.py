@@ -1,9 +1,8 @@
 """The scripts that measure what docs/performance.md shows: they run, and what they count is what is computed."""
 
+import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import benchmark
 import pytest
@@ -14,21 +13,22 @@ from transformers import AutoModelForCausalLM
 from dataset import TreeCollator
 from loss import ResponseScorer, attend_by_segment, plan_attention
 
-ROOT = Path(__file__).resolve().parents[1]
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    def run(*words: str) -> tuple[dict[str, list[dict]], str]:
+        """What each run found, and all of stdout. 0 means that none failed and that losses agree."""
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+        assert benchmark.main() == 0
+        found, stdout = {}, capsys.readouterr().out
+        for line in (json.loads(line) for line in stdout.splitlines() if line.startswith("{")):
+            found.setdefault(line["run"], []).append(line)
+        return found, stdout
+
+    return run
 
 
-def run_benchmark(*words: str) -> tuple[dict[str, list[dict]], str]:
-    """What each run found, and all of stdout. Exit 0 means that none failed and that losses agree."""
-    command = [sys.executable, "tests/benchmark.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {}
-    for line in (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")):
-        found.setdefault(line["run"], []).append(line)
-    return found, done.stdout
-
-
-def test_benchmark_compares_the_same_training(slow):
+def test_benchmark_compares_the_same_training(slow, run_benchmark):
     """Sharing must encode fewer tokens for as many pairs."""
     words = ["--pairs", "8", "--steps", "2", "--max_length", "64", "--fp32"]
     found, stdout = run_benchmark(*words, "--only", "ours|ours checkpointing|ours, spread out")
@@ -38,15 +38,20 @@ def test_benchmark_compares_the_same_training(slow):
     assert "| ours checkpointing |" in stdout
 
 
-def test_the_command_for_a_gpu(request, tmp_path):
-    """Each line is in order, on any device, and in the file; TRL may be missing. With --slow all parts, else the two
-    that matter most."""
-    is_slow, file = request.config.getoption("slow"), tmp_path / "results.jsonl"
-    only = ".*" if is_slow else "machine|core"
+def test_the_two_ways_to_attend_are_measured(capsys):
+    """As a worker does it."""
+    assert benchmark.work(argparse.Namespace(worker="machine", dry=True)) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    errors = [line[name] for line in lines for name in line if name.startswith("error_of")]
+    assert len(errors) >= 8 and 0 < max(errors) < 0.02
+
+
+def test_the_command_for_a_gpu(run_benchmark, pytestconfig, tmp_path):
+    """Each line is in order, on any device, and in the file; TRL may be missing. With --slow all parts, else one."""
+    is_slow, file = pytestconfig.getoption("slow"), tmp_path / "results.jsonl"
+    only = ".*" if is_slow else "core"
     found, stdout = run_benchmark("--gpu", "--dry", "--seconds", "3600", "--only", only, "--output", str(file))
     assert file.read_text().splitlines() == [line for line in stdout.splitlines() if line.startswith("{")]
-    errors = [line[name] for line in found["machine"] for name in line if name.startswith("error_of")]
-    assert len(errors) >= 8 and 0 < max(errors) < 0.02
     (ours,) = found["defaults"]
     assert ours["kernels"] and 0 < ours["kernels_busy_seconds"] and ours["tflops"] > 0
     if is_slow:

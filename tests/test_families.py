@@ -103,11 +103,6 @@ def test_refused_in_one_line(name, changes, reason):
     assert reason in text and "\n" not in text
 
 
-def test_more_tokens_than_positions_are_refused():
-    with pytest.raises(UserError, match="--max_length 513: .* has only 512 positions"):
-        check(make_model("Qwen2", {}), max_length=513)
-
-
 def test_an_attention_with_an_unknown_keyword_is_refused():
     plan = plan_attention([(0, 2, 0, 0)], CPU, torch.float32, attend_by_segment)
     states = torch.zeros(3, 1, 1, 2, 8)

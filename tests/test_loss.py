@@ -213,14 +213,14 @@ def train_ours(case, model_dir, small_data_file, folder):
     flags |= trl_fixture.FLAGS | trl_fixture.CASES[case]
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     dpo_train.train(dpo_train.parse_flags(words))
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: line[name] for name in trl_fixture.COMPARED} for line in lines if "grad_norm" in line]
+    start, *lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return start["loss_at_start"], [line for line in lines if "grad_norm" in line]
 
 
 def assert_equal(ours, theirs):
     assert len(ours) == len(theirs) == trl_fixture.STEPS
     for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, abs=1e-3)
+        assert {name: a[name] for name in trl_fixture.COMPARED} == pytest.approx(b, abs=1e-3)
 
 
 @pytest.mark.parametrize("case", trl_fixture.CASES)
@@ -228,7 +228,10 @@ def test_eight_steps_are_those_of_trl(case, model_dir, small_data_file, tmp_path
     """Loss, gradient norm before clipping, log-probabilities and rewards: make_trl_fixture.py wrote TRL's. They are
     computed anew by uv run --with trl==1.16.0 python -m pytest tests/test_loss.py"""
     theirs = json.loads(trl_fixture.FIXTURE.read_text())[case]
-    assert_equal(train_ours(case, model_dir, small_data_file, tmp_path / "run"), theirs)
+    loss_at_start, ours = train_ours(case, model_dir, small_data_file, tmp_path / "run")
+    assert_equal(ours, theirs)
+    sft_term = trl_fixture.CASES[case].get("sft_weight", 0) * ours[0]["nll_loss"]
+    assert ours[0]["loss"] == pytest.approx(loss_at_start + sft_term, rel=1e-5)  # as the picture's dashed line says
     if find_spec("trl"):
         assert_equal(trl_fixture.train_trl(case, model_dir, small_data_file), theirs)
 

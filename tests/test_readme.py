@@ -12,7 +12,12 @@ import pytest
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORTER = {"accelerate": ["--max_steps", "3", "--max_eval_samples", "20"]}  # the demo again: once in full is enough
+SHORTER = {  # one demo in full is enough; commands with these words get further flags
+    "accelerate": "--max_steps 3 --max_eval_samples 20 --max_new_tokens 0",
+    "output/faster": "--max_steps 3 --max_eval_samples 20 --max_new_tokens 0",
+    "--eval_only": "--max_eval_samples 20 --max_new_tokens 0",
+    "latest": "--max_new_tokens 0",
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -47,7 +52,8 @@ def test_the_commands_work_as_printed(clone):
             assert sorted(words[2:]) == sorted(project["dependencies"])
             continue
         program = ["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words
-        program = [sys.executable, *program, *SHORTER.get(words[0], [])]
+        more = [flag for word in words if "dpo_train.py" in words for flag in SHORTER.get(word, "").split()]
+        program = [sys.executable, *program, *more]
         done = subprocess.run(program, cwd=clone, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         if "--output" in words:
