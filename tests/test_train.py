@@ -525,11 +525,12 @@ def test_only_what_is_listed_may_change_on_resume(plain):
 # Several processes ----------------------------------------------------------------------------------------------------
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "4"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def test_one_run_in_one_four_and_one_processes(plain, model_dir, data_file, tmp_path):
+def test_one_run_in_one_four_and_two_processes(plain, model_dir, data_file, tmp_path):
     """Losses, learning rates, evaluations and weights are those of one process. Four go on from its checkpoint, some
-    steps having fewer prompts, until SIGTERM to their launcher stops them, with a checkpoint; one goes on from there.
+    steps having fewer prompts, until SIGTERM to their launcher stops them, with a checkpoint; two go on from there.
     """
     folder = copy_checkpoint(plain[0], 4, tmp_path / "run")
     settings = RESUME | {"precompute_ref_log_probs": True}
@@ -543,7 +544,9 @@ def test_one_run_in_one_four_and_one_processes(plain, model_dir, data_file, tmp_
     assert "4 process(es)" in out and re.search(r"stopped after step ([7-9]|1\d);", done.stderr), done.stderr
     assert done.returncode != 0
 
-    metrics, expected = run(model_dir, data_file, folder, **settings), plain[1]
+    done = finish(start(*words, launcher=TORCHRUN))
+    assert done.returncode == 0 and "2 process(es)" in done.stdout, done.stderr
+    metrics, expected = read_metrics(folder), plain[1]
     assert len(losses(metrics)) == 10
     for ours, theirs in zip(training(metrics), training(expected)[4:], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
