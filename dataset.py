@@ -461,9 +461,9 @@ def prepare(
     If `held_out_rows` are given, they are held out instead, and rows with a prompt of theirs are not trained on. They
     are numbered after `rows`. Raises UserError for what the user should know before a run.
     """
-    source, first_given = rows.info.description, None
+    source, first_given, held_out_flag = rows.info.description, None, "--dataset_name"
     if held_out_rows is not None:
-        first_given = len(rows)
+        first_given, held_out_flag = len(rows), "--eval_dataset_name"
         source += f"; held out: {held_out_rows.info.description}"
         try:
             rows = datasets.concatenate_datasets([rows, held_out_rows])
@@ -475,12 +475,11 @@ def prepare(
     table = map_rows(rows, scan, {"key": 0, "domain": ""}, "Reading rows").to_pandas()
     refuse_if_most_are_dropped("--dataset_name", table[:first_given])
     if held_out_rows is not None:
-        refuse_if_most_are_dropped("--eval_dataset_name", table[first_given:].reset_index())
+        refuse_if_most_are_dropped(held_out_flag, table[first_given:], first_given)
     good = table[table.cause == ""]
     check_tokenizer(tokenizer, [read_triple(rows[number]).chosen for number in good.index[:20]])
     train, held_out, left_out = split_by_prompt(good, domains, first_given, max_train_samples, max_eval_samples)
-    needed = held_out if max_train_samples == 0 else train
-    if not len(needed):
+    if not len(held_out if max_train_samples == 0 else train):
         raise UserError(f"no row is left to train on: {'; '.join(in_words(left_out))}")
 
     # The second pass tokenizes the rows that are used. `used` has them by row number, in the order of `tokens`.
@@ -488,7 +487,8 @@ def prepare(
     tokens = map_rows(rows.select(used.index), lambda row: encoder.encode(read_triple(row)), NO_TOKENS, "Tokenizing")
     used = used[["key", "domain"]].join(tokens.remove_columns(list(IDS)).to_pandas().set_index(used.index))
     table.loc[used.index, "cause"] = used.cause
-    refuse_if_most_are_dropped("--dataset_name", table.loc[needed.index])
+    refuse_if_most_are_dropped("--dataset_name", table.loc[train.index])
+    refuse_if_most_are_dropped(held_out_flag, table.loc[held_out.index], first_given or 0)
     tokens = tokens.select_columns(list(IDS)).select(np.flatnonzero(used.cause == "")).with_format("numpy")
     used = used[used.cause == ""]
 
@@ -552,11 +552,14 @@ def count_dropped(table: pd.DataFrame) -> dict[str, int]:
     return {f"rows dropped: {cause} (first: row {causes.index[causes == cause].min()})": n for cause, n in counts}
 
 
-def refuse_if_most_are_dropped(flag: str, table: pd.DataFrame) -> None:
-    """Raises UserError if more than half of the rows can't train: then it is the whole set that is misunderstood."""
+def refuse_if_most_are_dropped(flag: str, table: pd.DataFrame, first_row: int = 0) -> None:
+    """Raises UserError if more than half of the rows can't train: then it is the whole set that is misunderstood.
+
+    `first_row` is the number of the set's first row in the table's index.
+    """
     n_dropped = (table.cause != "").sum()
     if n_dropped > len(table) / 2:
-        causes = "; ".join(in_words(count_dropped(table))[:5])
+        causes = "; ".join(in_words(count_dropped(table.set_axis(table.index - first_row)))[:5])
         form = "prompt (or conversations, or the first turns of both sides) + chosen + rejected"
         raise UserError(f"{flag}: {n_dropped:,} of {len(table):,} rows can't be used: {causes}. What is read: {form}")
 

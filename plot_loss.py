@@ -380,7 +380,8 @@ def draw(figure, runs: list[Run]) -> None:
     thin = {"color": GREY, "linewidth": 1, "zorder": 1.5}
     if "loss" in panels and "accuracy" in panels:  # these are DPO's
         panels["accuracy"].axhline(0.5, label="chance", **thin)
-        for start in sorted({round(run.start.get("loss_at_start", math.log(2)), 4) for run in runs}):
+        of_dpo = [run for run in runs if not run.start.get("flags", {}).get("sft_weight")]  # the SFT term lifts a curve
+        for start in sorted({round(run.start.get("loss_at_start", math.log(2)), 4) for run in of_dpo}):
             panels["loss"].axhline(start, label="ln 2" if start == 0.6931 else f"start {start}", **thin)
     for title, axes in panels.items():
         axes.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)

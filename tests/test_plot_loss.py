@@ -160,6 +160,9 @@ def test_lines_where_dpo_starts(tmp_path):
         assert loss[f"{GREY} -"] == pytest.approx([start or LN_2] * 2, abs=1e-4) and accuracy[f"{GREY} -"] == [0.5] * 2
     svg = draw(tmp_path, tmp_path / "other", tmp_path / "unsaid")
     assert ">ln 2<" in svg and ">start 1.0<" in svg and ">chance<" in svg
+    start = {"event": "start", "step": 0, "loss_at_start": LN_2, "flags": {"sft_weight": 0.1}}
+    svg = draw(tmp_path, write_run(tmp_path / "both terms", [start, *dpo_lines(start=LN_2 + 0.3)]))
+    assert ">chance<" in svg and ">ln 2<" not in svg
     sft = write_run(tmp_path / "sft", [{"step": step, "loss": 2.0 - step / 100} for step in range(1, 40)])
     svg = draw(tmp_path, sft)  # a panel for what is logged, and no line of DPO's
     assert not any(f">{word}<" in svg for word in ("ln 2", "chance", "held-out", "accuracy", "margin"))
