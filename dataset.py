@@ -52,9 +52,9 @@ def first_line(error: Exception | str) -> str:
 # Reading
 
 FILES = (".parquet", ".json", ".jsonl")
-NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # they describe data sets
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # metadata
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "testing", "eval")
-JSON = "(json)"  # the column of unparsed rows
+JSON = "(json)"  # the column that has a row as JSON text
 
 
 def load_rows(name: str, split: str = "train", flag: str = "--dataset_name") -> Dataset:
@@ -181,7 +181,7 @@ def read_triple(row: Any) -> Triple:
     """Map a row by its columns to prompt, chosen and rejected. All turns are kept, a system turn too.
 
     The prompt is `prompt` or `conversations`, as text or as messages, and then the turns with which both `chosen` and
-    `rejected` begin. Nothing is guessed: raises Unusable, with the cause, for a row that says anything else.
+    `rejected` begin. Nothing is guessed: raises Unusable, with the cause, for any other row.
     """
     try:
         if isinstance(row, dict) and row.get(JSON) is not None:
@@ -197,7 +197,7 @@ def read_triple(row: Any) -> Triple:
     chosen, rejected = (read_messages(row.get(name), name) for name in ("chosen", "rejected"))
     refuse_if(chosen == rejected, "chosen equals rejected")
 
-    # Where one side only continues the other, nothing is shared: neither is a response.
+    # Where one side is the beginning of the other, there is no first difference, and the row is refused below.
     n_shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     prompt = join(row.get("system") or "", prompt, chosen[:n_shared])
     refuse_if(not prompt, f"no prompt; columns: {', '.join(sorted(row.keys() - {JSON}))}"[:200])
@@ -222,7 +222,9 @@ def read_triple(row: Any) -> Triple:
 def join(system: Any, prompt: list[Message], shared: list[Message]) -> list[Message]:
     """The system turn, the prompt's turns, and those of the shared turns that don't repeat the prompt or its end.
 
-    For instance, u1 with shared turns (a1, u2) or (u1, a1, u2), and (u1, a1, u2) with (u2) are all u1, a1, u2.
+    prompt u1        + shared a1 u2     -> u1 a1 u2
+    prompt u1        + shared u1 a1 u2  -> u1 a1 u2
+    prompt u1 a1 u2  + shared u2        -> u1 a1 u2
     """
     refuse_if(not isinstance(system, str), "system: wrong type")
     systems = [{"role": "system", "content": system}] if system else []
@@ -480,7 +482,9 @@ def prepare(
     check_tokenizer(tokenizer, [read_triple(rows[number]).chosen for number in good.index[:20]])
     train, held_out, left_out = split_by_prompt(good, domains, first_given, max_train_samples, max_eval_samples)
     if not len(held_out if max_train_samples == 0 else train):
-        raise UserError(f"no row is left to train on: {'; '.join(in_words(left_out))}")
+        raise UserError(f"no row is left: {'; '.join(in_words(left_out))}")
+    if held_out_rows is not None and not len(held_out):
+        raise UserError(f"--eval_dataset_name: no row is left: {'; '.join(in_words(left_out))}")
 
     # The second pass tokenizes the rows that are used. `used` has them by row number, in the order of `tokens`.
     encoder, used = Encoder(tokenizer, max_length), pd.concat([train, held_out])
@@ -488,7 +492,8 @@ def prepare(
     used = used[["key", "domain"]].join(tokens.remove_columns(list(IDS)).to_pandas().set_index(used.index))
     table.loc[used.index, "cause"] = used.cause
     refuse_if_most_are_dropped("--dataset_name", table.loc[train.index])
-    refuse_if_most_are_dropped(held_out_flag, table.loc[held_out.index], first_given or 0)
+    if held_out_rows is not None or max_train_samples == 0:  # those that were chosen may be a handful
+        refuse_if_most_are_dropped(held_out_flag, table.loc[held_out.index], first_given or 0)
     tokens = tokens.select_columns(list(IDS)).select(np.flatnonzero(used.cause == "")).with_format("numpy")
     used = used[used.cause == ""]
 

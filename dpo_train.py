@@ -6,7 +6,7 @@
     python dpo_train.py --output_dir output/dpo --resume_from_checkpoint latest
 
 Read `train` first, at the end: one run from top to bottom. `dataset.py` makes the micro-batches, `loss.py` has the
-formulas, `plot_loss.py` makes the picture and the report from what was logged.
+formulas, `plot_loss.py` makes the picture and the report from what was logged, and writes files whole or not at all.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # micro-batches differ in shape
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages on CPUs; torch reads it once, at its first allocation
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warn of each process that datasets forks
 
 import accelerate
 import datasets
@@ -72,7 +72,7 @@ def flag(default: Any, text: str, **more) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-# What a flag's value must be, beside its type: (does it hold, in words).
+# What a flag's value must be, beside its type: a test, and the words for its failure.
 def above(least: float) -> tuple[Callable, str]:
     return lambda value: least < value < math.inf, f"must be above {least}"
 
@@ -87,7 +87,7 @@ def from_0_to_below(end: float) -> tuple[Callable, str]:
 
 @dataclass
 class Flags:
-    """Names as in transformers' TrainingArguments and TRL's DPOConfig wherever the same thing exists there."""
+    """Mostly named as in transformers' TrainingArguments and TRL's DPOConfig; the README lists what is not."""
 
     # models and data
     model_name_or_path: str = flag("Qwen/Qwen2.5-0.5B", "the policy's start: hub name or local folder")
@@ -97,13 +97,13 @@ class Flags:
     domains: str | None = flag(None, "only these values of the column `domain`, e.g. chat,math; None: all")
     max_length: Annotated[int, at_least(16)] = flag(1024, "tokens of prompt + response; longer pairs are cut")
     max_train_samples: Annotated[int | None, above(0)] = flag(None, "train on this many pairs at most; None: all")
-    eval_dataset_name: str | None = flag(None, "hold out these pairs (file or folder) instead of some of the data's")
+    eval_dataset_name: str | None = flag(None, "hold out these pairs (file, or split train of a folder) instead")
     max_eval_samples: Annotated[int, at_least(0)] = flag(
         512, "hold out this many pairs at most, by prompt, and at most a tenth of the prompts; 0: none"
     )
     output_dir: str | None = flag(None, "where everything is written; None: output/dpo, or the next free output/dpo-N")
     # loss
-    beta: Annotated[float, above(0)] = flag(0.1, "how strongly the policy is held to the reference; higher: less moves")
+    beta: Annotated[float, above(0)] = flag(0.1, "how strongly the policy is held to the reference; higher: moves less")
     loss_type: str = flag("sigmoid", "the loss, see loss.py; sigmoid is the DPO paper's", choices=list(LOSSES))
     label_smoothing: Annotated[float, from_0_to_below(0.5)] = flag(0.0, "assumed share of pairs with swapped labels")
     sft_weight: Annotated[float, at_least(0)] = flag(
@@ -114,7 +114,7 @@ class Flags:
     micro_batch_tokens: Annotated[int | None, above(0)] = flag(
         None, "tokens in one forward pass of one process: sets the memory, not the result; None: what fits is found"
     )
-    group_by_prompt: bool = flag(True, "a prompt's pairs in one step, which is fast; false: spread over the epoch")
+    group_by_prompt: bool = flag(True, "a prompt's pairs side by side, so mostly in one step: fast; false: spread out")
     learning_rate: Annotated[float, at_least(0)] = flag(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
     warmup_ratio: Annotated[float, from_0_to_below(1)] = flag(0.1, "share of the steps in which the rate rises from 0")
@@ -130,10 +130,10 @@ class Flags:
     precompute_ref_log_probs: bool = flag(False, "one pass with the reference before training, then no second model")
     # logs and checkpoints
     logging_steps: Annotated[int, above(0)] = flag(10, "write metrics every this many steps (step 1 always)")
-    eval_steps: Annotated[int, at_least(0)] = flag(500, "evaluate every this many steps, and at both ends; 0: only so")
+    eval_steps: Annotated[int, at_least(0)] = flag(500, "evaluate every this many steps; 0: only at start and end")
     save_steps: Annotated[int, at_least(0)] = flag(1000, "write a checkpoint every this many steps; 0: none")
     save_total_limit: Annotated[int, above(0)] = flag(2, "checkpoints to keep")
-    resume_from_checkpoint: str | None = flag(None, "`latest` (of --output_dir) or a checkpoint's folder")
+    resume_from_checkpoint: str | None = flag(None, "`latest` (of --output_dir), or the newest checkpoint's folder")
     report_to: str = flag("none", "also log to tensorboard, wandb, swanlab, mlflow ...: whatever accelerate knows")
     # other
     eval_only: bool = flag(False, "train nothing: compare --model_name_or_path with --ref_model_name_or_path")
@@ -150,7 +150,7 @@ PATHS = (
     "model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir",
     "resume_from_checkpoint",
 )  # fmt: skip
-# All other flags of a resumed run must be as before.
+# What a resumed run may change; all other flags must be as before.
 MAY_CHANGE_ON_RESUME = {
     # What these select is compared instead, by hashes of weights and tokens.
     *PATHS, "dataset_split", "domains", "max_length", "max_train_samples", "max_eval_samples",
@@ -238,7 +238,7 @@ def load(kind: type, flag_name: str, name: str, **options) -> Any:
 
 
 def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path") -> PreTrainedModel:
-    """A causal LM in float32, without dropout. As stored, in bf16, its weights would be too coarse to learn in.
+    """A causal LM in float32, without dropout. In bf16, as they are stored, weights would round most updates away.
 
     Raises UserError if it can't be loaded, or if some weights are missing, which would then be random.
     """
@@ -263,7 +263,7 @@ def load_model(name: str, flags: Flags, flag_name: str = "--model_name_or_path")
 
 
 def freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make it the reference. What autocast would cast anew for each micro-batch is cast once, to the same values."""
+    """Freeze the reference. What autocast would cast anew for each micro-batch is cast once, to the same values."""
     model.requires_grad_(False)
     for module in model.get_decoder().modules():
         if isinstance(module, torch.nn.Linear):
@@ -290,7 +290,7 @@ def check_vocabulary(model: PreTrainedModel, own_tokenizer, tokenizer, flag_name
 
 
 class Compute(NamedTuple):
-    """How this process computes, among the others: the same code for every device, but for `attend`."""
+    """How this process computes, among the others. Of what is called here, only `attend` depends on the device."""
 
     accelerator: Accelerator
     dtype: torch.dtype  # of matrix products and attention
@@ -349,8 +349,8 @@ class Probed(NamedTuple):
 
 
 def probe(logps_of: Callable, short: dict, long: dict, model: PreTrainedModel, compute: Compute) -> Probed:
-    """What there is to compare. The gradients are of the embedding, of one matrix of each kind from the middle of the
-    model, and of the last weight."""
+    """What there is to compare. For the embedding, one matrix of each kind from the middle of the model, and the last
+    weight, there are gradients: of a short pair, since they take more memory."""
     with torch.no_grad():
         logps = logps_of(long, model, compute).double()
     weights = list(model.parameters())
@@ -365,7 +365,7 @@ def fault_of_tree(
 ) -> str | None:
     """What is wrong over a token tree, computed as `tested` says, in comparison with plain rows; None if nothing is.
 
-    In 16 bits, gradients may be off by a few times `rounding`, what it does to those of the rows.
+    In 16 bits, gradients may be off by a few times `rounding`, the error that 16 bits cause in plain rows.
     """
     try:
         found = probe(logps_by_tree, short, long, model, tested)
@@ -386,13 +386,13 @@ def fault_of_tree(
 
 
 def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_length: int, say: Callable) -> Compute:
-    """Check that the log-probabilities and the gradients which this model has over a token tree are its own.
+    """Check that a token tree gives the log-probabilities and gradients that plain rows give.
 
-    Its own are those of plain rows, by its own logits and "eager" attention, in float32. Others come out over a tree if
-    its attention is of another kind, or if its logits are more than hidden states times LM head.
+    Rows go through the model's own logits and its "eager" attention, in float32. A tree gives others if the model has
+    another kind of attention, or if its logits are more than LM head times hidden states.
 
-    Returns how to compute: where the kernel for GPUs is wrong, that is said, and segments are taken. Raises UserError
-    for a model that can't be trained here.
+    Returns `compute`; where the kernel for GPUs is wrong, with `attend_by_segment`, and a warning. Raises UserError for
+    a model that can't be trained here.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if positions < max_length:
@@ -412,7 +412,7 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
         if is_out_of_memory(error):
             raise
         fault = first_line(error)
-    if not fault and compute != exact:
+    if not fault and compute != exact:  # the tree as in training; then without the kernel
         fault = fault_of_tree(short, long, model, compute, own, rounding)
         if fault and compute.attend is attend_at_once:
             say(f"warning: FlashAttention can't be used ({fault}): attention goes segment by segment, which is slower")
@@ -430,8 +430,8 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
 # The micro-batch that fits
 
 
-def usual_tokens(compute: Compute, flags: Flags) -> int:
-    """The tokens of a micro-batch beyond which nothing gets faster, or those that were asked for."""
+def preferred_tokens(compute: Compute, flags: Flags) -> int:
+    """--micro_batch_tokens, or a number beyond which nothing gets faster."""
     return flags.micro_batch_tokens or max(2 * flags.max_length, 16_384 if compute.device.type == "cuda" else 2048)
 
 
@@ -440,10 +440,11 @@ def find_micro_batch_tokens(
 ) -> int:
     """The tokens of a micro-batch that fits into memory, the same in all processes.
 
-    The usual ones are tried, then fewer, down to a pair's; --micro_batch_tokens, if given, is only tried. So memory
-    runs out at the start rather than later. Raises UserError, with what would help.
+    Tries the preferred number, then 10% fewer each time, down to 2 * max_length, the longest pair. A given
+    --micro_batch_tokens is tried, and never lowered. So memory runs out here, if at all, and hardly ever later.
+    Raises UserError, with what would help.
     """
-    most, least = usual_tokens(compute, flags), flags.micro_batch_tokens or 2 * flags.max_length
+    most, least = preferred_tokens(compute, flags), flags.micro_batch_tokens or 2 * flags.max_length
     sizes = [size for i in range(40) if (size := int(most * 0.9**i)) > least] + [least]
     found = next((size for size in sizes if fits(size, policy, reference, compute, flags.max_length)), 0)
     found = int(compute.accelerator.gather(torch.tensor([found], device=compute.device)).min())
@@ -468,7 +469,7 @@ def fits(
         if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         result = False
-    policy.zero_grad()
+    policy.zero_grad()  # after the handler: inside it, the error still holds the tensors
     clear_device_cache(garbage_collection=True)
     return result
 
@@ -496,6 +497,7 @@ def rehearse(
     n_prompt = max_length // 2
     n_pairs = math.ceil((n_tokens - n_prompt) / (2 * (max_length - n_prompt)))
     responses = np.zeros((2 * n_pairs, (n_tokens - n_prompt) // (2 * n_pairs)), dtype=np.int64)
+    # Two ids that no two responses share, so that none is merged.
     responses[:, 0], responses[:, 1] = np.divmod(np.arange(2 * n_pairs), 64)
     prompt = np.zeros(n_prompt, dtype=np.int64)
     pairs = [{"index": i, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
@@ -568,7 +570,7 @@ def losses_and_metrics(logps: torch.Tensor, ref_logps: torch.Tensor, tensors: di
     return losses, torch.stack([metric(measured).double() for metric in METRICS.values()], dim=1)
 
 
-def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, title: str) -> Iterator[tuple[dict, TreePlan]]:
+def all_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, title: str) -> Iterator[tuple[dict, TreePlan]]:
     """This process's micro-batches of all pairs, on its device; all processes get equally many.
 
     A prompt's pairs come together, in chunks of 256.
@@ -586,12 +588,12 @@ def micro_batches(pairs: Pairs, collate: TreeCollator, compute: Compute, title: 
 
 
 @torch.no_grad()
-def from_model(scorer: ResponseScorer, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
+def reference_from_model(scorer: ResponseScorer, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
     """By the frozen model, beside the policy."""
     return per_pair(scorer(tensors, plan), tensors)
 
 
-def from_table(logps: torch.Tensor, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
+def reference_from_table(logps: torch.Tensor, tensors: dict[str, torch.Tensor], plan: TreePlan) -> torch.Tensor:
     """From a table of all pairs, [n, 2]."""
     return logps[tensors["pair_index"]]
 
@@ -608,7 +610,7 @@ def reference_tables(
     tables = []
     for pairs in sets:
         logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=compute.device)
-        for tensors, plan in micro_batches(pairs, TreeCollator(n_tokens), compute, "Reference"):
+        for tensors, plan in all_batches(pairs, TreeCollator(n_tokens), compute, "Reference"):
             logps[tensors["pair_index"]] = reference(tensors, plan)
         tables.append(compute.accelerator.reduce(logps, "sum"))
     if compute.accelerator.is_main_process:
@@ -625,7 +627,7 @@ def reference_tables(
 def evaluate(
     scorer: ResponseScorer, reference: Callable, pairs: Pairs, collate: TreeCollator, compute: Compute, flags: Flags
 ) -> dict[str, Any]:
-    """Held-out metrics of the policy as it is now: of all pairs, by domain, and by which response is the longer one.
+    """Held-out metrics of this model: of all pairs, by domain, and by which response is the longer one.
 
     The same for any number of processes and any cut into micro-batches. Empty if no pairs are held out.
     """
@@ -633,7 +635,7 @@ def evaluate(
         return {}
     scorer.eval()
     table = torch.zeros(len(pairs), len(METRICS), dtype=torch.float64, device=compute.device)
-    for tensors, plan in micro_batches(pairs, collate, compute, "Evaluating"):
+    for tensors, plan in all_batches(pairs, collate, compute, "Evaluating"):
         logps = per_pair(scorer(tensors, plan), tensors)
         _, metrics = losses_and_metrics(logps, reference(tensors, plan), tensors, flags)
         table[tensors["pair_index"]] = metrics
@@ -665,29 +667,30 @@ def summarize(table: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answers(
-    model: PreTrainedModel, tokenizer, data: PreparedData, compute: Compute, max_new_tokens: int
+def generate_answers(
+    model: PreTrainedModel, tokenizer, data: PreparedData, compute: Compute, flags: Flags
 ) -> dict[str, list[dict]]:
-    """What the model answers to six prompts, from as many domains as there are: greedy, one at a time.
+    """What the model answers to six prompts, of different domains as far as there are so many: greedy, one at a time.
 
     `repetition` is the share of the answer's 4-grams of tokens that stood in it before; `stopped`, whether it ended its
     turn by itself.
     """
     pairs, end_ids = data.held_out, data.end_ids
-    if not (len(pairs) and max_new_tokens and compute.accelerator.is_main_process):
+    if not (len(pairs) and flags.max_new_tokens and compute.accelerator.is_main_process):
         return {}
     prompts = pd.DataFrame({"prompt": pairs.keys, "domain": pairs.domains}).drop_duplicates("prompt")
-    in_turns = prompts.groupby("domain").cumcount().sort_values(kind="stable")  # first ones first
+    # Each domain's first prompt, then each one's second ...
+    by_round = prompts.groupby("domain").cumcount().sort_values(kind="stable")
     # The model's own generation config may ask for penalties or for sampling; a copy of the model, not of its weights,
     # has another one.
-    speaker, records = copy.copy(model.eval()), []
-    speaker.generation_config = transformers.GenerationConfig(
-        do_sample=False, eos_token_id=end_ids, pad_token_id=end_ids[0], max_new_tokens=max_new_tokens
+    greedy, records = copy.copy(model.eval()), []
+    greedy.generation_config = transformers.GenerationConfig(
+        do_sample=False, eos_token_id=end_ids, pad_token_id=end_ids[0], max_new_tokens=flags.max_new_tokens
     )
-    for pair in pairs.read(sorted(in_turns.index[:6])):
+    for pair in pairs.read(sorted(by_round.index[:6])):
         prompt = torch.tensor(np.asarray(pair["prompt_ids"]), dtype=torch.long, device=compute.device)[None]
         with autocast(compute.device, compute.dtype):
-            output = speaker.generate(prompt, attention_mask=torch.ones_like(prompt))
+            output = greedy.generate(prompt, attention_mask=torch.ones_like(prompt))
         ids = output[0, prompt.shape[1] :].tolist()
         grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
         records.append(
@@ -745,7 +748,7 @@ def sum_over_processes(sums: torch.Tensor, grad_norm: torch.Tensor, is_asked_to_
 
 @dataclass
 class Window:
-    """What has happened since the last log line, over all processes; plain numbers, so that checkpoints hold it."""
+    """What has happened since the last log line, over all processes; plain numbers, which checkpoints can hold."""
 
     sums: list[float] = field(default_factory=lambda: [0.0] * (len(METRICS) + 2))  # of METRICS, of pairs, of tokens
     seconds: float = 0.0  # in steps, so without evaluations and checkpoints
@@ -858,9 +861,10 @@ def output_dir_of(flags: Flags) -> Path | None:
 
 
 def make_output_dir(folder: Path | None, flags: Flags) -> Path:
-    """The folder, if flags say which; else output/dpo, output/dpo-2 ..., which no run that starts now takes, too.
+    """The folder, if flags say which; else output/dpo (or demo, eval), output/dpo-2 ..., made here, so that a run that
+    starts at the same moment can't take it.
 
-    It is made once nothing is left that often goes wrong, so that a run that could not start leaves no empty folder.
+    By now flags, data and models are read: a run that fails at these leaves no empty folder.
     """
     if folder is not None:
         with written(folder):
@@ -1004,13 +1008,13 @@ class Log:
         if self.accelerator.is_main_process:
             try:
                 self.say("\n".join(["", *write_results(self.path.parent)]))
-            except PlotError as error:
+            except (PlotError, ImportError) as error:
                 self.say(f"warning: no report: {error}")
 
 
 class StopSignals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the run can stop between two steps; the same once more ends
-    the process."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the run can stop between two steps; a second one ends the
+    process."""
 
     def __init__(self, is_main: bool):
         self.caught, self.is_main = False, is_main
@@ -1032,7 +1036,7 @@ class StopSignals:
 
 
 class Stopped(UserError):
-    """Asked to stop, and did: said by the main process alone."""
+    """Ended on request; only the main process reports it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1051,8 +1055,8 @@ def start_accelerator(flags: Flags) -> Accelerator:
             log_with=None if flags.report_to == "none" else flags.report_to,
             project_dir=".",  # some trackers want one now; where they write is set below
             mixed_precision="no",  # ours is in `ResponseScorer`, whatever the environment says
-            # Otherwise accelerate lets several processes on CPUs run side by side and know nothing of each other, and
-            # takes a Mac's GPU, which has no float64.
+            # Otherwise accelerate would not connect several processes on CPUs, and would take a Mac's GPU, which has no
+            # float64.
             cpu=not torch.cuda.is_available(),
             # `accelerate config` may have left both in the environment, to divide gradients and to compile the model.
             gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
@@ -1069,9 +1073,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
 
 def load_data(flags: Flags, tokenizer) -> PreparedData:
     """The pairs to train on and to hold out, as the flags select them."""
-    held_out_rows = None
-    if flags.eval_dataset_name:
-        held_out_rows = load_rows(flags.eval_dataset_name, flag="--eval_dataset_name")
+    held_out_rows = flags.eval_dataset_name and load_rows(flags.eval_dataset_name, flag="--eval_dataset_name")
     if flags.eval_only and flags.eval_dataset_name:  # no others are needed
         rows = held_out_rows.select([])
     else:
@@ -1087,7 +1089,7 @@ def count_steps(n_pairs: int, flags: Flags) -> tuple[int, int]:
     if flags.eval_only:
         return 0, 0
     per_epoch = math.ceil(n_pairs / flags.train_batch_size)
-    total = math.ceil(round(flags.num_train_epochs * per_epoch, 6))  # 1.1 * 100 is a little more than 110
+    total = max(1, math.ceil(round(flags.num_train_epochs * per_epoch, 6)))  # 1.1 * 100 is a little more than 110
     if flags.max_steps > 0:
         total = flags.max_steps
     if flags.warmup_steps >= total:
@@ -1098,7 +1100,7 @@ def count_steps(n_pairs: int, flags: Flags) -> tuple[int, int]:
 
 
 def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> dict[str, Any]:
-    """What will be trained, on what, how."""
+    """For the header, the log and the report."""
     shown = without_folders(flags)
     return {
         "model": shown["model_name_or_path"],
@@ -1112,7 +1114,7 @@ def facts_of(flags: Flags, data: PreparedData, compute: Compute, steps: str) -> 
 
 
 def header(facts: dict[str, str], flags: Flags, tokenizer, pair: dict) -> str:
-    """The facts, the flags, which can be pasted to run it again, and the first pair, as the model sees it."""
+    """The facts, the flags that were given, and the first pair, as the model sees it."""
     given = {name: value for name, value in asdict(flags).items() if value != getattr(Flags(), name)}
     lines = facts | {"flags": " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())}
     lines |= {name: repr(tokenizer.decode(pair[f"{name}_ids"]))[-140:] for name in ("prompt", "chosen", "rejected")}
@@ -1141,11 +1143,11 @@ def train(flags: Flags) -> Path:
 
     # 3. The policy as it starts, and the reference, which is the same unless another one is given; both are checked
     policy = load_model(flags.model_name_or_path, flags).to(device)
-    check_vocabulary(policy, tokenizer, tokenizer, "--model_name_or_path", flags.model_name_or_path)
+    check_vocabulary(policy, tokenizer, tokenizer, "--model_name_or_path", flags.model_name_or_path)  # only its size
     compute = check_model(policy, any_pairs, compute, flags.max_length, say)
     start_hash = ref_hash = weights_hash(policy)
     if flags.ref_model_name_or_path in (None, flags.model_name_or_path):
-        ref_model = copy.deepcopy(policy)
+        ref_model = copy.deepcopy(policy)  # the start, also when resuming: a checkpoint is loaded in room 7
     else:
         ref_model = load_model(flags.ref_model_name_or_path, flags, "--ref_model_name_or_path").to(device)
         ref_tokenizer = load(AutoTokenizer, "--ref_model_name_or_path", flags.ref_model_name_or_path)
@@ -1165,22 +1167,22 @@ def train(flags: Flags) -> Path:
 
     # 5. The reference: the model beside the policy, or a table, and the model goes
     freeze(ref_model, dtype)
-    train_reference = eval_reference = partial(from_model, ResponseScorer(ref_model, dtype))
+    train_reference = eval_reference = partial(reference_from_model, ResponseScorer(ref_model, dtype))
     if flags.precompute_ref_log_probs:
         tables = reference_tables(
             folder / "reference.pt", belongs_to | {"--mixed_precision": flags.mixed_precision},
-            (data.train, data.held_out), train_reference, usual_tokens(compute, flags), compute,
+            (data.train, data.held_out), train_reference, preferred_tokens(compute, flags), compute,
         )  # fmt: skip
-        train_reference, eval_reference = (partial(from_table, table) for table in tables)
+        train_reference, eval_reference = (partial(reference_from_table, table) for table in tables)
         ref_model = None
 
     # 6. The micro-batches of each step, as large as fits
-    n_tokens = usual_tokens(compute, flags)
+    micro_batch_tokens = preferred_tokens(compute, flags)
     if not flags.eval_only:
-        n_tokens = find_micro_batch_tokens(policy, ref_model, compute, flags)
+        micro_batch_tokens = find_micro_batch_tokens(policy, ref_model, compute, flags)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    collate = TreeCollator(n_tokens)
+    collate = TreeCollator(micro_batch_tokens)
     rank, n_processes = accelerator.process_index, accelerator.num_processes
     steps = StepBatches(
         data.train, collate, flags.train_batch_size, flags.seed, flags.group_by_prompt, rank, n_processes
@@ -1189,9 +1191,9 @@ def train(flags: Flags) -> Path:
     # 7. The policy and what else changes from step to step, as they are at the start or in the checkpoint
     if checkpoint is not None:
         policy = load_model(str(checkpoint), flags, "--resume_from_checkpoint").to(device)
-    transformers.logging.disable_progress_bar()  # from here on its bars, of saving, would tear ours
+    transformers.logging.disable_progress_bar()  # its bars while saving would break ours
     scorer = ResponseScorer(policy.train(), dtype)
-    trained = accelerator.prepare(scorer)  # with several processes, inside DDP
+    ddp_scorer = accelerator.prepare(scorer)  # with several processes, inside DDP
     matrices, vectors = ([w for w in policy.parameters() if (w.dim() > 1) == is_matrix] for is_matrix in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": flags.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -1205,27 +1207,28 @@ def train(flags: Flags) -> Path:
         scheduler.load_state_dict(state.pop("scheduler"))
 
     # 8. What is said and logged before the first step
-    what = f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to {n_tokens:,} tokens"
+    what = f"{total_steps:,} of {flags.train_batch_size} pairs, in micro-batches of up to {micro_batch_tokens:,} tokens"
     what = "none: two models are compared" if flags.eval_only else f"{what}, {n_processes} process(es)"
     facts = facts_of(flags, data, compute, what)
-    say(header(facts, flags, tokenizer, any_pairs.read(steps.indices(0)[:1] if total_steps else [0])[0]))
+    say(header(facts, flags, tokenizer, any_pairs.read([0])[0]))
     n_bytes = 4 * sum(weight.numel() for weight in policy.parameters())  # of the model; AdamW's moments are two more
-    free, needed = shutil.disk_usage(folder).free, n_bytes * (4 + 3 * flags.save_total_limit)
+    n_checkpoints = 1 + flags.save_total_limit - len(find_checkpoints(folder))  # one more while it is written
+    free, needed = shutil.disk_usage(folder).free, n_bytes * (1 + 3 * n_checkpoints)
     if flags.save_steps and total_steps and free < needed:
-        say(f"warning: {free / 1e9:.1f} GB are free; each of the checkpoints will take {n_bytes * 3e-9:.1f}")
+        say(f"warning: {free / 1e9:.1f} GB are free; model and checkpoints may need {needed / 1e9:.1f} more")
     log = Log(folder, accelerator, flags, step, total_steps)
     stop = StopSignals(is_main)
     if step == total_steps:
         stop.restore()
     save = partial(save_model, policy, tokenizer, data.end_ids)
-    evaluated = partial(
+    evaluate_held_out = partial(
         evaluate, reference=eval_reference, pairs=data.held_out, collate=collate, compute=compute, flags=flags
     )
-    answered = partial(answers, tokenizer=tokenizer, data=data, compute=compute, max_new_tokens=flags.max_new_tokens)
+    answer = partial(generate_answers, tokenizer=tokenizer, data=data, compute=compute, flags=flags)
     if checkpoint is None:
-        log.start(facts | {"micro_batch_tokens": n_tokens})
+        log.start(facts | {"micro_batch_tokens": micro_batch_tokens})
         before = ResponseScorer(ref_model, dtype) if flags.eval_only else scorer
-        log.evaluation(0, 0.0, evaluated(before) | answered(before.model))
+        log.evaluation(0, 0.0, evaluate_held_out(before) | answer(before.model))
     else:
         log.write({"event": "resumed", "step": step, "checkpoint": checkpoint.name})
 
@@ -1233,9 +1236,9 @@ def train(flags: Flags) -> Path:
     batches = [compute.to_device(batch) for batch in steps[step]] if step < total_steps else []
     while step < total_steps:
         started, pairs_of_step = time.perf_counter(), steps.indices(step)
-        sums = forward_backward(batches, len(pairs_of_step), trained, train_reference, compute, flags)
+        sums = forward_backward(batches, len(pairs_of_step), ddp_scorer, train_reference, compute, flags)
         grad_norm = clip_grad_norm_(policy.parameters(), flags.max_grad_norm or math.inf)
-        if step + 1 < total_steps:  # read and laid out while the device works; the copies wait for it
+        if step + 1 < total_steps:  # read and laid out while the device works; the first copy waits until it has done
             batches = [compute.to_device(batch) for batch in steps[step + 1]]
         sums, grad_norm, stopping = sum_over_processes(sums, grad_norm, stop.caught, accelerator)
         learning_rate = scheduler.get_last_lr()[0]
@@ -1261,7 +1264,7 @@ def train(flags: Flags) -> Path:
             for name, text in warnings_about(line, flags, warmup_steps):
                 log.warn(name, text)
         if flags.eval_steps and step % flags.eval_steps == 0 and not is_last:
-            log.evaluation(step, epoch, evaluated(scorer))
+            log.evaluation(step, epoch, evaluate_held_out(scorer))
         stopping = stopping and not is_last
         if stopping or flags.save_steps and (step % flags.save_steps == 0 or is_last):
             if is_main:
@@ -1272,7 +1275,10 @@ def train(flags: Flags) -> Path:
         log.bar.update()
         if stopping:
             log.bar.close()
+            accelerator.end_training()
             again = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
+            if not (folder / f"checkpoint-{step}").exists():
+                again = "without a checkpoint of it"
             raise Stopped(f"stopped after step {step}; {again}")
 
     # 10. The trained model, and what has become of it
@@ -1281,7 +1287,7 @@ def train(flags: Flags) -> Path:
     if is_main and not flags.eval_only:
         with written(folder):
             save(folder)
-    log.evaluation(step, step / max(1, steps.steps_per_epoch), evaluated(scorer) | answered(policy))
+    log.evaluation(step, step / max(1, steps.steps_per_epoch), evaluate_held_out(scorer) | answer(policy))
     log.end(step)
     accelerator.end_training()
     return folder
@@ -1302,7 +1308,8 @@ def main(argv: Sequence[str]) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        text = f"{first_line(error)} Lower --micro_batch_tokens, also to resume, or --max_length"
+        text = f"{first_line(error)} Lower --micro_batch_tokens, also to resume, or --max_length; if the model itself "
+        text += "does not fit (16 bytes a weight in training, and 2 to 4 for the reference), take a smaller one"
     except KeyboardInterrupt:
         text = "stopped"
     if text:

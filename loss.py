@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import logsigmoid
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -22,7 +21,7 @@ from dataset import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of the pairs
 
-# The loss of each pair, [P], by name: names and definitions are TRL's, which knows no eps in sigmoid. Of a pair, [P]:
+# The loss of each pair, [P], by name: names and definitions are TRL's (1.16 has no eps in sigmoid). Of a pair, [P]:
 #   c, r      log-ratios log pi_theta(y|x) / pi_ref(y|x) of the chosen and the rejected response, in nats
 #   n_c, n_r  their lengths in tokens, the end-of-turn included
 #   beta, eps two numbers: --beta and --label_smoothing
@@ -30,19 +29,19 @@ from dataset import UserError
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     # DPO, arXiv 2305.18290 eq. 7; with eps > 0 conservative DPO: labels are taken to be swapped with that probability.
     "sigmoid": lambda c, r, n_c, n_r, beta, eps:
-        (eps - 1) * logsigmoid(beta * (c - r)) - eps * logsigmoid(beta * (r - c)),
-    # Length-normalized DPO, arXiv 2411.15124 (Tulu 3): log-ratios a token. Beta is then larger, 5 for example.
-    "sigmoid_norm": lambda c, r, n_c, n_r, beta, eps: -logsigmoid(beta * (c / n_c - r / n_r)),
+        (eps - 1) * F.logsigmoid(beta * (c - r)) - eps * F.logsigmoid(beta * (r - c)),
+    # Length-normalized DPO, arXiv 2411.15124 (Tulu 3): log-ratios per token. Beta is then larger, 5 for example.
+    "sigmoid_norm": lambda c, r, n_c, n_r, beta, eps: -F.logsigmoid(beta * (c / n_c - r / n_r)),
     # SLiC's hinge, arXiv 2305.10425, on DPO's margin, as in RSO, arXiv 2309.06657.
     "hinge": lambda c, r, n_c, n_r, beta, eps: torch.relu(1 - beta * (c - r)),
-    # IPO, arXiv 2310.12036 eq. 17, on log-ratios a token, as its authors compute it.
+    # IPO, arXiv 2310.12036 eq. 17, on log-ratios per token, as its authors compute it.
     "ipo": lambda c, r, n_c, n_r, beta, eps: (c / n_c - r / n_r - 1 / (2 * beta)) ** 2,
     # Robust DPO, arXiv 2403.00409 section 3.1: unbiased if labels are swapped with probability eps.
     "robust": lambda c, r, n_c, n_r, beta, eps:
-        ((eps - 1) * logsigmoid(beta * (c - r)) + eps * logsigmoid(beta * (r - c))) / (1 - 2 * eps),
+        ((eps - 1) * F.logsigmoid(beta * (c - r)) + eps * F.logsigmoid(beta * (r - c))) / (1 - 2 * eps),
     # APO-zero, arXiv 2408.06266 eq. 7: raises the chosen, lowers the rejected response.
     "apo_zero": lambda c, r, n_c, n_r, beta, eps: 1 - torch.sigmoid(beta * c) + torch.sigmoid(beta * r),
-    # APO-down, arXiv 2408.06266 eq. 8: lowers both, the rejected response more; for chosen ones worse than the model's.
+    # APO-down, arXiv 2408.06266 eq. 8: lowers both, rejected more: for chosen responses worse than the model's.
     "apo_down": lambda c, r, n_c, n_r, beta, eps: torch.sigmoid(beta * c) + 1 - torch.sigmoid(beta * (c - r)),
 }  # fmt: skip
 
@@ -70,7 +69,7 @@ def dpo_loss(
         beta: how strongly the policy is held to the reference: a higher beta means less deviation from it.
         label_smoothing: the assumed share of pairs with swapped labels, in [0, 0.5), for `sigmoid` and `robust`.
         loss_type: a name in `LOSSES`.
-        sft_weight: adds this many times the chosen response's negative log-likelihood a token.
+        sft_weight: adds this many times the chosen response's negative log-likelihood per token.
 
     Returns:
         losses, chosen_rewards, rejected_rewards: [P] each, in nats; only the losses carry a gradient. No mean is taken.
@@ -107,20 +106,20 @@ class ResponseScorer(torch.nn.Module):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, batch: dict[str, torch.Tensor], tree: "TreePlan") -> torch.Tensor:
+    def forward(self, tensors: dict[str, torch.Tensor], plan: "TreePlan") -> torch.Tensor:
         """[M] log pi(y|x) in nats, float64, of the M responses of a micro-batch (see `TreeCollator`)."""
         head = self.model.get_output_embeddings().weight  # [V, H]
         with autocast(head.device, self.dtype):
             hidden = self.model.get_decoder()(
-                input_ids=batch["input_ids"],  # [1, T]
-                position_ids=batch["position_ids"],
+                input_ids=tensors["input_ids"],  # [1, T]
+                position_ids=tensors["position_ids"],
                 attention_mask=None,
                 use_cache=False,
-                tree=tree,
+                plan=plan,
             ).last_hidden_state  # [1, T, H]
-            hidden = hidden[0].index_select(0, batch["predictor_index"])  # [N, H]
-        n_responses = len(batch["response_lengths"])
-        return response_logps(hidden, head, batch["target_ids"], batch["response_index"], n_responses, self.dtype)
+            hidden = hidden[0].index_select(0, tensors["predictor_index"])  # [N, H]
+        n_responses = len(tensors["response_lengths"])
+        return response_logps(hidden, head, tensors["target_ids"], tensors["response_index"], n_responses, self.dtype)
 
 
 def response_logps(
@@ -156,8 +155,8 @@ class TokenLogps(torch.autograd.Function):
     """[N] log-probabilities of the target tokens, by tiles of the vocabulary.
 
     The forward pass keeps the logsumexp of each token, the backward pass computes the logits of each tile once more:
-    d logp / d logit_v = [v is the target] - softmax_v. The largest thing that ever exists is the weight's gradient.
-    Nothing in here asks the GPU for a value.
+    d logp / d logit_v = [v is the target] - softmax_v. With Qwen2.5's vocabulary, the largest
+    tensor is the weight's gradient. Nothing in here asks the GPU for a value.
     """
 
     @staticmethod
@@ -171,7 +170,7 @@ class TokenLogps(torch.autograd.Function):
             logits = hidden @ weight[start : start + TILE_WORDS].T  # [N, words]
             column, is_here = _column_of_target(target_ids, start, logits.shape[1])
             target_logit += logits.gather(1, column).squeeze(1) * is_here
-            # By one fused kernel, straight from bf16: log_softmax is logit - logsumexp, here of the tile's first word.
+            # logsumexp = logit - log_softmax of any word, here the first: one kernel, from bf16 to float32.
             of_tile = logits[:, 0] - logits.log_softmax(1, dtype=exact)[:, 0]
             logsumexp = torch.logaddexp(logsumexp, of_tile)
         ctx.save_for_backward(hidden, weight, target_ids, logsumexp)
@@ -214,7 +213,8 @@ class TreePlan:
     """How to attend in a micro-batch, made once for all layers and for all passes over it.
 
     Its S segments are the prompts and the responses, in the row's order. The keys of a prompt are its own tokens, those
-    of a response its prompt's and then its own: [prompt | prompt, response 1 | prompt, response 2 ...].
+    of a response its prompt's and then its own: [prompt | prompt, response 1 | prompt, response 2 ...]. In the example
+    of `TreeCollator`, key_index is [0 1 | 0 1 2 3 | 0 1 4 5 | 0 1 6 7 8] and n_keys [2, 4, 4, 5].
     """
 
     attend: Callable  # `attend_by_segment` or `attend_at_once`
@@ -222,8 +222,8 @@ class TreePlan:
     n_queries: list[int]  # [S] tokens of each segment
     n_keys: list[int]  # [S] tokens that its last token sees
     masks: list[torch.Tensor | None]  # [S] of [queries, keys], for `attend_by_segment`
-    query_ends: torch.Tensor  # [S + 1] sums of n_queries from 0, and
-    key_ends: torch.Tensor  # [S + 1] of n_keys, for `attend_at_once`
+    query_ends: torch.Tensor  # [S + 1] sums of n_queries, from 0, for `attend_at_once`
+    key_ends: torch.Tensor  # [S + 1] sums of n_keys, from 0, for `attend_at_once`
 
 
 def plan_attention(
@@ -235,7 +235,7 @@ def plan_attention(
     if attend is attend_by_segment:
         for own, seen in zip(n_queries, n_keys, strict=True):
             never = torch.full((own, seen), torch.finfo(dtype).min, dtype=dtype, device=device)
-            masks.append(never.triu(seen - own + 1) if own < seen else None)  # a prompt's is plainly causal
+            masks.append(never.triu(seen - own + 1) if own < seen else None)  # a prompt needs none: is_causal
     index, query_ends, key_ends = (
         torch.from_numpy(array).to(device)
         for array in (np.concatenate(keys), np.cumsum([0, *n_queries]), np.cumsum([0, *n_keys]))
@@ -247,34 +247,34 @@ def plan_attention(
 HARMLESS = ("position_ids", "cache_position", "is_causal", "use_cache", "output_attentions", "output_hidden_states")
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **others):
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, plan=None, **others):
     """Attention of one row of token trees, without a [T, T] mask: a prompt sees itself, a response also its prompt.
 
     transformers calls this in each layer, with query [1, heads, T, D] and key and value [1, key heads, T, D], and hands
-    `tree` through. Without it, when generating, it is sdpa. Returns [1, T, heads, D].
+    `plan` through. Without it, when generating, it is sdpa. Returns [1, T, heads, D].
 
-    Raises UserError for an attention that is more than softmax(q k) v, or that looks back less far.
+    Raises UserError for an attention that is more than softmax(q k) v, or whose window is shorter than a pair.
     """
-    if tree is None:
+    if plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     window = others.pop("sliding_window", None)
-    if window is not None and window < max(tree.n_keys):
-        raise UserError(f"a layer of the model looks back {window} tokens only, a pair has {max(tree.n_keys)}")
+    if window is not None and window < max(plan.n_keys):
+        raise UserError(f"a layer of the model looks back {window} tokens only, a pair has {max(plan.n_keys)}")
     if unknown := [name for name, given in others.items() if given is not None and name not in HARMLESS]:
         raise UserError(f"the model's attention has {', '.join(unknown)}, which is not understood here")
-    # A prompt's keys get a gradient from each of its responses. Gathered before they are rounded to the dtype of the
-    # scores, these are summed in float32.
+    # In the backward pass, the gradient of a prompt's key is the sum of those that its responses send. By index_select
+    # in float32 it is summed in float32; 16 bits would lose its low bits.
     exact, dtype = torch.promote_types(value.dtype, torch.float32), value.dtype
-    keys, values = (x.to(exact).index_select(2, tree.key_index).to(dtype) for x in (key, value))
-    return tree.attend(tree, query.to(dtype), keys, values, scaling), None
+    keys, values = (x.to(exact).index_select(2, plan.key_index).to(dtype) for x in (key, value))
+    return plan.attend(plan, query.to(dtype), keys, values, scaling), None
 
 
 AttentionInterface.register("tree", tree_attention)
 
 
-def attend_by_segment(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor:
+def attend_by_segment(plan: TreePlan, query, keys, values, scaling) -> torch.Tensor:
     """On any device, in any precision: a call of torch's attention for each prompt and each response."""
-    split = query.split(tree.n_queries, 2), keys.split(tree.n_keys, 2), values.split(tree.n_keys, 2), tree.masks
+    split = query.split(plan.n_queries, 2), keys.split(plan.n_keys, 2), values.split(plan.n_keys, 2), plan.masks
     outputs = [
         F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
         for q, k, v, mask in zip(*split, strict=True)
@@ -286,10 +286,10 @@ def attend_by_segment(tree: TreePlan, query, keys, values, scaling) -> torch.Ten
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def attend_at_once(tree: TreePlan, query, keys, values, scaling) -> torch.Tensor:
+def attend_at_once(plan: TreePlan, query, keys, values, scaling) -> torch.Tensor:
     """On a GPU, in 16 bits: all segments in one call of FlashAttention. Each run checks it before it trains."""
     query, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, keys, values))  # [T, heads, D]
     return varlen_attn(
-        query, keys, values, tree.query_ends, tree.key_ends, max(tree.n_queries), max(tree.n_keys),
+        query, keys, values, plan.query_ends, plan.key_ends, max(plan.n_queries), max(plan.n_keys),
         scale=scaling, window_size=(-1, 0), **GROUPED,
     )[None]  # fmt: skip

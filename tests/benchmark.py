@@ -408,7 +408,7 @@ def machine(args: argparse.Namespace) -> Iterator[dict]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
 
         def forward(plan=plan, leaves=leaves):
-            return loss.tree_attention(None, *leaves, None, scaling=1 / 8, tree=plan)[0]
+            return loss.tree_attention(None, *leaves, None, scaling=1 / 8, plan=plan)[0]
 
         output = forward()
         grads = torch.autograd.grad(output, leaves, by.to(dtype))

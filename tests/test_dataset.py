@@ -345,8 +345,10 @@ def test_held_out_rows_of_their_own(tmp_path, tokenizer):
     ):
         with pytest.raises(UserError, match=f"^--eval_dataset_name: {message}"):
             prepare(one, tokenizer, held_out_rows=Dataset.from_list(other))
-    with pytest.raises(UserError, match=f"no row is left to train on: {len(rows)} rows left out: their prompt is held"):
+    with pytest.raises(UserError, match=f"no row is left: {len(rows)} rows left out: their prompt is held"):
         prepare(table, tokenizer, held_out_rows=table)
+    with pytest.raises(UserError, match="^--eval_dataset_name: no row is left: .* rows left out: not in --domains"):
+        prepare(table, tokenizer, domains=["math"], held_out_rows=Dataset.from_list([coig() | {"domain": "chat"}] * 8))
     alike = Dataset.from_list([row | {"chosen": "天 " * 99 + "a", "rejected": "天 " * 99 + "b"} for row in rows[:3]])
     with pytest.raises(UserError, match=r"^--eval_dataset_name: 3 of 3 .* equals .* truncation \(first: row 0\)"):
         prepare(table, tokenizer, 64, held_out_rows=alike)

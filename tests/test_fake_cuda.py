@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import loss
 from dataset import StepBatches, TreeCollator, load_rows, prepare
-from dpo_train import Compute, Flags, forward_backward, freeze, from_model, from_table, load_model
+from dpo_train import Compute, Flags, forward_backward, freeze, load_model, reference_from_model, reference_from_table
 from loss import ResponseScorer, attend_at_once, attend_by_segment
 
 CUDA = torch.device("cuda", 0)
@@ -84,10 +84,10 @@ def step(policy, reference, steps, compute, with_table=False):
         freeze(reference, compute.dtype)
     for model in (policy, reference):
         model.to_empty(device=compute.device).tie_weights()
-    reference = partial(from_model, ResponseScorer(reference, compute.dtype))
+    reference = partial(reference_from_model, ResponseScorer(reference, compute.dtype))
     if with_table:
         table = torch.zeros(len(steps.pairs), 2, dtype=torch.float64, device=compute.device)
-        reference = partial(from_table, table)
+        reference = partial(reference_from_table, table)
     optimizer = torch.optim.AdamW(policy.parameters(), fused=compute.device.type == "cuda")
     batches = [compute.to_device(batch) for batch in steps[0]]
     scorer = ResponseScorer(policy.train(), compute.dtype)

@@ -106,9 +106,9 @@ def test_refused_in_one_line(name, changes, reason):
 def test_an_attention_with_an_unknown_keyword_is_refused():
     plan = plan_attention([(0, 2, 0, 0)], CPU, torch.float32, attend_by_segment)
     states = torch.zeros(3, 1, 1, 2, 8)
-    assert tree_attention(None, *states, None, tree=plan, is_causal=True, new_thing=None)[0].shape == (1, 2, 1, 8)
+    assert tree_attention(None, *states, None, plan=plan, is_causal=True, new_thing=None)[0].shape == (1, 2, 1, 8)
     with pytest.raises(UserError, match="model's attention has new_thing, which is not understood"):
-        tree_attention(None, *states, None, tree=plan, new_thing=1)
+        tree_attention(None, *states, None, plan=plan, new_thing=1)
 
 
 # --- the kernel for GPUs, emulated

@@ -16,7 +16,7 @@ from conftest import tiny_qwen2
 
 import loss
 from dataset import StepBatches, TreeCollator, UserError, epoch_order
-from dpo_train import Compute, Flags, forward_backward, from_model
+from dpo_train import Compute, Flags, forward_backward, reference_from_model
 from loss import ResponseScorer, attend_at_once, attend_by_segment, dpo_loss, plan_attention, tree_attention
 
 CPU, N_WORDS, SIDES = torch.device("cpu"), 60, ("chosen_ids", "rejected_ids")
@@ -70,7 +70,7 @@ def train(model, reference, batches, n_pairs, n_processes=1, attend=attend_by_se
     compute = compute_as(attend, n_processes=n_processes)
     loaded = [compute.to_device(batch) for batch in batches]
     scorer, ref_scorer = ResponseScorer(model, torch.float32), ResponseScorer(reference, torch.float32)
-    return forward_backward(loaded, n_pairs, scorer, partial(from_model, ref_scorer), compute, Flags())
+    return forward_backward(loaded, n_pairs, scorer, partial(reference_from_model, ref_scorer), compute, Flags())
 
 
 def step_by_trees(model, reference, pairs, collate, n_processes=1, attend=attend_by_segment, change=lambda batch: None):
@@ -161,7 +161,7 @@ def test_gradients_of_a_prompt_are_summed_in_float32():
     plan = plan_attention(segments, CPU, torch.bfloat16, attend_by_segment)
     query, key = torch.zeros(2, 1, 1, 601, 8, dtype=torch.bfloat16)
     value = torch.zeros_like(query, requires_grad=True)
-    tree_attention(None, query, key, value, None, tree=plan)[0].sum().backward()
+    tree_attention(None, query, key, value, None, plan=plan)[0].sum().backward()
     assert value.grad[0, 0, 0].tolist() == [301.0 // 2 * 2] * 8  # 1 + 600 / 2, to the nearest bf16
 
 
