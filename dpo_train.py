@@ -1275,7 +1275,6 @@ def train(flags: Flags) -> Path:
         log.bar.update()
         if stopping:
             log.bar.close()
-            accelerator.end_training()
             again = f"go on with the same flags and --output_dir {folder} --resume_from_checkpoint latest"
             if not (folder / f"checkpoint-{step}").exists():
                 again = "without a checkpoint of it"
@@ -1289,6 +1288,7 @@ def train(flags: Flags) -> Path:
             save(folder)
     log.evaluation(step, step / max(1, steps.steps_per_epoch), evaluate_held_out(scorer) | answer(policy))
     log.end(step)
+    ddp_scorer = accelerator.free_memory(ddp_scorer)  # if DDP outlives its process group, torch 2.11's gloo may hang
     accelerator.end_training()
     return folder
 
