@@ -518,6 +518,7 @@ def prepare(
 
 
 def scan(row: Any) -> dict[str, Any]:
+    """What the split needs of a row: a hash of its prompt, and its domain."""
     triple = read_triple(row)
     return {"key": hash64(json.dumps(triple.prompt).encode()), "domain": triple.domain}
 

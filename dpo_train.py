@@ -343,21 +343,27 @@ def relative_error(values: Sequence[torch.Tensor], expected: Sequence[torch.Tens
     return float(torch.stack(errors).max())
 
 
-class Probed(NamedTuple):
-    logps: torch.Tensor  # [2] of the long pair, in nats
-    gradients: Sequence[torch.Tensor]  # of the short pair's summed log-probabilities
-
-
-def probe(logps_of: Callable, short: dict, long: dict, model: PreTrainedModel, compute: Compute) -> Probed:
-    """What there is to compare. For the embedding, one matrix of each kind from the middle of the model, and the last
-    weight, there are gradients: of a short pair, since they take more memory."""
-    with torch.no_grad():
-        logps = logps_of(long, model, compute).double()
+def gradients(logps_of: Callable, pair: dict, model: PreTrainedModel, compute: Compute) -> Sequence[torch.Tensor]:
+    """Gradients of the pair's summed log-probabilities, for the embedding, one matrix of each kind from the middle of
+    the model, and the last weight."""
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.dim() > 1]
     middle = len(matrices) // 2
     some = [matrices[0], *matrices[middle : middle + 7], weights[-1]]
-    return Probed(logps, torch.autograd.grad(logps_of(short, model, compute).sum(), some, materialize_grads=True))
+    return torch.autograd.grad(logps_of(pair, model, compute).sum(), some, materialize_grads=True)
+
+
+class Probed(NamedTuple):
+    """What is compared. Gradients take more memory, so they are of a short pair."""
+
+    logps: torch.Tensor  # [2] of the long pair, in nats
+    gradients: Sequence[torch.Tensor]  # of the short pair
+
+
+def probe(logps_of: Callable, short: dict, long: dict, model: PreTrainedModel, compute: Compute) -> Probed:
+    with torch.no_grad():
+        logps = logps_of(long, model, compute).double()
+    return Probed(logps, gradients(logps_of, short, model, compute))
 
 
 def fault_of_tree(
@@ -404,8 +410,7 @@ def check_model(model: PreTrainedModel, pairs: Pairs, compute: Compute, max_leng
         model.set_attn_implementation("eager")
         own, rounding = probe(logps_by_rows, short, long, model, exact), 0.0
         if compute.dtype != exact.dtype:
-            rounded = probe(logps_by_rows, short, long, model, compute)
-            rounding = relative_error(rounded.gradients, own.gradients)
+            rounding = relative_error(gradients(logps_by_rows, short, model, compute), own.gradients)
         model.set_attn_implementation("tree")
         fault = fault_of_tree(short, long, model, exact, own, rounding)
     except Exception as error:  # of a model that can't be run row by row either

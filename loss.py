@@ -155,8 +155,8 @@ class TokenLogps(torch.autograd.Function):
     """[N] log-probabilities of the target tokens, by tiles of the vocabulary.
 
     The forward pass keeps the logsumexp of each token, the backward pass computes the logits of each tile once more:
-    d logp / d logit_v = [v is the target] - softmax_v. With Qwen2.5's vocabulary, the largest
-    tensor is the weight's gradient. Nothing in here asks the GPU for a value.
+    d logp / d logit_v = [v is the target] - softmax_v. With Qwen2.5's vocabulary, the largest tensor is the weight's
+    gradient. Nothing in here asks the GPU for a value.
     """
 
     @staticmethod

@@ -222,26 +222,16 @@ def judgement(run: Run) -> Iterator[str]:
     yield f"{verdict} {arrow(before, after, 'loss')}; accuracy {arrow(before, after, 'rewards/accuracies')}."
     if before.get("answers") and after.get("answers"):
         yield from judge_answers(before["answers"], after["answers"], is_loss_better=change < 0)
-    losses = run.series("eval_loss")
-    best, last = min(losses, key=losses.get), max(losses)
-    rise = losses[last] - losses[best]
-    if rise > noise:
-        yield (
-            f"**It has gone too far**: the held-out loss was lowest at step {best}, {losses[best]:.4f}; the last is "
-            f"higher by {rise:.4f}, more than two standard errors. Train with fewer steps or a lower `--learning_rate`"
-            + (", or take a checkpoint near that step." if best > 0 else ".")
-        )
-    elif len(losses) > 2:
-        yield f"The held-out loss was lowest at step {best} of {last}: {losses[best]:.4f}."
+    yield from judge_last_step(run.series("eval_loss"), noise)
     longer, model = shown(after, "lengths/accuracies"), with_error(after, "rewards/accuracies")
     yield f"“The longer one is better” is right in {longer} of the pairs, the model in {model}."
-    old, new = f"{-before['nll_loss']:.3f}", f"{-after['nll_loss']:.3f}"
-    verb = "fell" if after["nll_loss"] > before["nll_loss"] else "rose"
-    if old == new:
+    old, new = -before["nll_loss"], -after["nll_loss"]
+    verb = "fell" if new < old else "rose"
+    if f"{old:.3f}" == f"{new:.3f}":
         verb = "has not changed"
-    if -after["nll_loss"] <= -before["nll_loss"] - 0.1:
+    elif new <= old - 0.1:
         verb = "**fell far** (`--sft_weight 0.1` may help)"
-    yield f"The chosen responses' log-probability per token {verb}: {old} → {new} nats."
+    yield f"The chosen responses' log-probability per token {verb}: {old:.3f} → {new:.3f} nats."
     yield (
         "Accuracy alone says little once the policy is far from the reference (https://arxiv.org/abs/2405.19534): "
         "read the answers."
@@ -269,6 +259,20 @@ def judge_answers(before: list[dict], after: list[dict], is_loss_better: bool) -
         f"{old['stopped']:.0%} → {new['stopped']:.0%} ended by themselves; "
         f"{old['repetition']:.0%} → {new['repetition']:.0%} of their 4-grams repeated."
     )
+
+
+def judge_last_step(losses: dict[int, float], noise: float) -> Iterator[str]:
+    """Whether the held-out loss was lower before the end."""
+    best, last = min(losses, key=losses.get), max(losses)
+    rise = losses[last] - losses[best]
+    if rise > noise:
+        yield (
+            f"**It has gone too far**: the held-out loss was lowest at step {best}, {losses[best]:.4f}; the last is "
+            f"higher by {rise:.4f}, more than two standard errors. Train with fewer steps or a lower `--learning_rate`"
+            + (", or take a checkpoint near that step." if best > 0 else ".")
+        )
+    elif len(losses) > 2:
+        yield f"The held-out loss was lowest at step {best} of {last}: {losses[best]:.4f}."
 
 
 def averages(answers: list[dict]) -> dict[str, float]:
